@@ -1,0 +1,1 @@
+"""Model compression and tuning for Hugging Face models."""

@@ -1,0 +1,171 @@
+"""AvaGrad (Savarese et al., CVPR 2021): adaptive steps whose size and adaptability tune independently."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from hf_approx.optim import kernels
+from hf_approx.optim.config import GammaScope, Variant, check_hyperparameters, resolve_gamma_scope
+from hf_approx.optim.kernels import Batch
+
+
+class AvaGrad(Optimizer):
+    r"""AvaGrad, and AvaGradW with `decoupled_weight_decay=True`.
+
+    With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that move:
+
+        w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
+
+    so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
+    searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
+    size. The second moment is one step old, so rates do not depend on the gradient they multiply.
+
+    Args:
+        params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
+            `weight_decay`, `maximize`.
+        lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's.
+        betas: Decay of the running mean of the gradient and of its square.
+        eps: Adaptability, added to the root of the second moment; in the units of a gradient.
+        weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
+        decoupled_weight_decay: Multiply weights by `1 - lr * weight_decay` and leave gradients alone.
+        variant: `"exact"`: bias-corrected moments, gamma from the very rates it scales, the first call
+            only fills the state. `"reference"`: the authors' code, whose gamma is one call old and per
+            group. `"paper"`: no bias correction, moves from the first call.
+        gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
+            decay and no-decay groups changes nothing. `"group"`: one per group.
+        maximize: Ascend.
+        foreach: Use the multi-tensor implementation. Default: yes for ordinary tensors.
+
+    Raises:
+        ValueError: A hyper-parameter is NaN, infinite or out of range.
+        RuntimeError: A gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 0.1,
+        weight_decay: float = 0.0,
+        *,
+        decoupled_weight_decay: bool = False,
+        variant: Variant = "exact",
+        gamma_scope: GammaScope | None = None,
+        maximize: bool = False,
+        foreach: bool = True,
+    ) -> None:
+        self.variant = variant
+        self.gamma_scope = resolve_gamma_scope(variant, gamma_scope)
+        self.foreach = foreach
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "gamma": None,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after checking its hyper-parameters."""
+        merged = {**self.defaults, **param_group}
+        check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; the moments of half-precision parameters stay float32, as they were saved."""
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if saved_id in state_dict["state"]:
+                    moment = state_dict["state"][saved_id][name]
+                    self.state[param][name] = moment.detach().to(param.device, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step; returns the closure's loss, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        batches = [batch for group in self.param_groups for batch in self._gather(group)]
+        if self.variant == "reference":
+            self._step_reference(batches)
+        else:
+            self._step_same_gamma(batches)
+        return loss
+
+    def _gather(self, group: dict[str, Any]) -> list[Batch]:
+        """The group's parameters that have a gradient, in batches one multi-tensor call can take."""
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for index, param in enumerate(group["params"]):
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                raise RuntimeError(
+                    "AvaGrad: a gradient is sparse; build the embedding with sparse=False, "
+                    "or give those parameters to torch.optim.SparseAdam."
+                )
+            state = self.state[param]
+            if not state:
+                dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
+                state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
+            state["step"] += 1
+            # Several ordinary tensors share a batch; anything else (a DTensor, say) is a batch of its own mesh.
+            kind = (type(param.data), getattr(param, "device_mesh", None), param.device, param.dtype)
+            key: tuple[Any, ...] = (*kind, state["step"]) if self.foreach else (index,)
+            batch = batches.setdefault(key, Batch(group, state["step"]))
+            batch.append(param, state["exp_avg"], state["exp_avg_sq"])
+        return list(batches.values())
+
+    def _step_same_gamma(self, batches: list[Batch]) -> None:
+        """`exact` and `paper`: gamma normalises the rates of this very step."""
+        corrected = self.variant == "exact"
+        moving = [batch for batch in batches if batch.step > 1 or not corrected]
+        for batch in moving:
+            batch.compute_rates(batch.step - 1 if corrected else None)
+        gammas = self._gammas(moving)
+        for batch in batches:
+            grads = batch.decayed_gradients()
+            batch.update_mean(grads)
+            if batch.rates is not None:
+                correction = 1 - batch.group["betas"][0] ** batch.step if corrected else 1.0
+                batch.move(gammas[self._scope_key(batch)], correction)
+            batch.update_square(grads)
+
+    def _step_reference(self, batches: list[Batch]) -> None:
+        """The authors' code: gamma was left by the previous call, from a second moment one step older."""
+        for batch in batches:
+            grads = batch.decayed_gradients()
+            batch.update_mean(grads)
+            if batch.step > 1:
+                batch.compute_rates(batch.step - 1)
+                batch.move(batch.group["gamma"], 1 - batch.group["betas"][0] ** batch.step)
+            batch.compute_rates(batch.step)
+            batch.update_square(grads)
+        for key, gamma in self._gammas(batches).items():
+            next(b.group for b in batches if id(b.group) == key)["gamma"] = float(gamma)
+
+    def _scope_key(self, batch: Batch) -> int:
+        return id(batch.group) if self.gamma_scope == "group" else 0
+
+    def _gammas(self, batches: list[Batch]) -> dict[int, torch.Tensor]:
+        """sqrt(d) / ||eta|| for each scope, accumulated in float64."""
+        square: dict[int, torch.Tensor] = {}
+        count: dict[int, int] = {}
+        for batch in batches:
+            key = self._scope_key(batch)
+            total = kernels.squared_norm(batch.rates)
+            square[key] = total if key not in square else square[key] + total.to(square[key].device)
+            count[key] = count.get(key, 0) + batch.numel
+        return {key: (count[key] / square[key]).sqrt() for key in square}

@@ -1,0 +1,71 @@
+"""One optimizer interface over several: the task's optimizer and the one of the methods' parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class CompositeOptimizer(Optimizer):
+    """Steps several optimizers as one, so a scheduler, GradScaler or accelerate sees a single optimizer.
+
+    Args:
+        optimizers: At least one; no parameter may belong to two of them. Their `param_groups` and `state`
+            stay theirs: changing a group's `lr` here changes it there.
+
+    Raises:
+        ValueError: No optimizer was given, or a parameter belongs to two.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        if not params or len({id(p) for p in params}) != len(params):
+            raise ValueError("CompositeOptimizer: needs parameters, each in exactly one of its optimizers.")
+        self.optimizers = optimizers
+        super().__init__(params, {})
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
+        """State of every parameter, by parameter."""
+        return {p: s for optimizer in self.optimizers for p, s in optimizer.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """The base class starts with an empty state; the parts keep theirs."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step every part; the closure runs once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of every part."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts' state dicts, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: The number of parts differs.
+        """
+        states = state_dict.get("optimizers", [])
+        if len(states) != len(self.optimizers):
+            raise ValueError(
+                f"CompositeOptimizer: the checkpoint holds {len(states)} optimizers, this run has "
+                f"{len(self.optimizers)}; resume with the same methods and optimizer."
+            )
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]

@@ -1,0 +1,72 @@
+"""Hyper-parameters of AvaGrad, validated when they are made."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Variant = Literal["exact", "reference", "paper"]
+GammaScope = Literal["global", "group"]
+
+
+def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise `ValueError` unless every value is finite and in the range the update rule needs."""
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"AvaGrad: lr must be a finite number >= 0, got {lr}.")
+    if not (math.isfinite(eps) and eps > 0):
+        raise ValueError(f"AvaGrad: eps must be a finite number > 0, got {eps}.")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"AvaGrad: betas must be two numbers in [0, 1), got {betas}.")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"AvaGrad: weight_decay must be a finite number >= 0, got {weight_decay}.")
+
+
+def resolve_gamma_scope(variant: str, scope: str | None) -> str:
+    """The scope a variant uses: the authors' code normalises per group, the paper over the whole model."""
+    if variant not in ("exact", "reference", "paper"):
+        raise ValueError(f"AvaGrad: variant must be 'exact', 'reference' or 'paper', got {variant!r}.")
+    if scope not in (None, "global", "group"):
+        raise ValueError(f"AvaGrad: gamma_scope must be 'global' or 'group', got {scope!r}.")
+    if variant == "reference":
+        if scope == "global":
+            raise ValueError(
+                "AvaGrad: variant='reference' has one gamma per group; use 'exact' for a global one."
+            )
+        return "group"
+    return scope or "global"
+
+
+@dataclass(frozen=True)
+class AvaGradConfig:
+    """What `ApproxTrainer(optimizer=...)` needs to build [`AvaGrad`].
+
+    Raises:
+        ValueError: If a value is not finite or out of range.
+    """
+
+    lr: float = field(default=0.1, metadata={"help": "Step size; the scheduler multiplies it."})
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.999), metadata={"help": "Decay of the gradient mean and of its square."}
+    )
+    eps: float = field(
+        default=0.1,
+        metadata={"help": "Adaptability: small is Adam-like, large is SGD-like. Independent of lr."},
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decay of weights that are neither norms nor biases."}
+    )
+    decoupled_weight_decay: bool = field(
+        default=True, metadata={"help": "Shrink weights directly (AvaGradW), not by L2."}
+    )
+    variant: Variant = field(default="exact", metadata={"help": "'exact', 'reference' or 'paper'."})
+    gamma_scope: GammaScope | None = field(
+        default=None, metadata={"help": "One gamma for the whole model or per group."}
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        check_hyperparameters(self.lr, self.betas, self.eps, self.weight_decay)
+        resolve_gamma_scope(self.variant, self.gamma_scope)
+
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of [`AvaGrad`]."""
+        return asdict(self)
