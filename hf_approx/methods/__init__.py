@@ -1,0 +1,21 @@
+"""The compression methods, one file each. A new method is a file and a line in `METHODS`."""
+
+from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
+from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "sparsification": SparsificationConfig,
+    "magnitude": MagnitudePruningConfig,
+}
+"""Config classes by the name a recipe or the command line uses."""
+
+__all__ = [
+    "METHODS",
+    "ContinuousSparsification",
+    "MagnitudePruning",
+    "MagnitudePruningConfig",
+    "Method",
+    "MethodConfig",
+    "SparsificationConfig",
+]

@@ -1,0 +1,132 @@
+"""What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hf_approx.targets import Patterns, select_modules
+
+
+@dataclass
+class MethodConfig(ABC):
+    """Fields every method has."""
+
+    target_modules: Patterns = field(
+        default=None,
+        metadata={"help": "Regular expression or list of name endings; default: layers in the blocks."},
+    )
+    exclude: Patterns = field(default=None, metadata={"help": "Modules to leave alone, in the same notation."})
+
+    @abstractmethod
+    def build(self) -> "Method":
+        """The method object this config describes."""
+
+
+class Method(ABC):
+    """A method at work on one model. It knows no trainer: any loop can drive it.
+
+    Call `attach`, then before optimizer step k of K `on_step(k / (K - 1))`, add `penalty()` to the loss, and
+    after the last step `finalize`.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+
+    def attach(self, model: nn.Module) -> None:
+        """Parametrize the target weights. The model is unchanged if this raises."""
+        config = self.config
+        selected = select_modules(model, config.target_modules, config.exclude)
+        taken = [name for name, module in selected.items() if parametrize.is_parametrized(module, "weight")]
+        if taken:
+            raise ValueError(f"'{taken[0]}' is already parametrized by another method.")
+        parametrizations = {name: self.parametrization(module.weight) for name, module in selected.items()}
+        for name, module in selected.items():
+            parametrize.register_parametrization(module, "weight", parametrizations[name])
+        self.modules = selected
+
+    @property
+    @abstractmethod
+    def config(self) -> MethodConfig:
+        """The config that built this object."""
+
+    @abstractmethod
+    def parametrization(self, weight: Tensor) -> nn.Module:
+        """The module that turns the trained weight into the weight the layer uses."""
+
+    @abstractmethod
+    def on_step(self, progress: float) -> None:
+        """Advance every schedule to `progress`, from 0 at the first step of training to 1 at the last."""
+
+    def penalty(self) -> Tensor | None:
+        """Scalar to add to the loss of a batch, or None."""
+        return None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameters of the method's own, with their `lr`; trained by Adam without weight decay."""
+        return []
+
+    @property
+    @abstractmethod
+    def is_final(self) -> bool:
+        """Whether the compressed structure is settled: a model is only "best" from here on."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the training log."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Fix the compressed structure now, whatever the schedule says."""
+
+    def finalize(self) -> list[str]:
+        """Bake the method into plain weights; returns the names of the parameters it compressed."""
+        if not self.is_final:
+            self.settle()
+        for module in self.modules.values():
+            with torch.no_grad():
+                weight = module.weight.detach().clone()
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            # A pruned weight is +0.0, never -0.0, so that packing loses no bit.
+            module.weight.data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
+        return [f"{name}.weight" for name in self.modules]
+
+    def report(self) -> dict[str, Any]:
+        """What was done, for the end of training and the model card."""
+        return {"method": self.name, **self.metrics()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State that is not in the model: JSON types only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+def global_top_k(tensors: list[Tensor], keep: int) -> list[Tensor]:
+    """Masks of the `keep` largest entries over all tensors together; ties go to the earliest entries."""
+    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if keep > 0:
+        threshold = flat.kthvalue(flat.numel() - keep + 1).values if keep < flat.numel() else flat.min()
+        mask = flat > threshold
+        ties = (flat == threshold).nonzero().reshape(-1)
+        mask[ties[: keep - int(mask.sum())]] = True
+    parts = mask.split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def cubic_ramp(fraction: float, final: float) -> float:
+    """Sparsity at `fraction` of the ramp: final * (1 - (1 - x)^3) (Zhu and Gupta, 2017, equation 1)."""
+    return final * (1 - (1 - min(max(fraction, 0.0), 1.0)) ** 3)
+
+
+def check_fraction(where: str, name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise `ValueError` unless low <= value <= high (NaN fails)."""
+    if not low <= value <= high:
+        raise ValueError(f"{where}: {name} must be between {low:g} and {high:g}, got {value}.")

@@ -1,0 +1,122 @@
+"""Gradual magnitude pruning (Zhu and Gupta, "To prune, or not to prune", 2017): the baseline to beat."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
+
+
+@dataclass
+class MagnitudePruningConfig(MethodConfig):
+    """Prune the smallest weights a little more at every step, along a cubic ramp.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    target_sparsity: float = field(default=0.9, metadata={"help": "Fraction of weights removed at the end."})
+    ramp_fraction: float = field(
+        default=0.75, metadata={"help": "Part of training the ramp takes; the rest fine-tunes."}
+    )
+    update_every: int = field(default=10, metadata={"help": "Optimizer steps between mask updates."})
+    scope: Literal["global", "layer"] = field(
+        default="global", metadata={"help": "Rank weights over all layers or in each."}
+    )
+
+    def __post_init__(self) -> None:
+        where = "MagnitudePruningConfig"
+        check_fraction(where, "target_sparsity", self.target_sparsity)
+        check_fraction(where, "ramp_fraction", self.ramp_fraction)
+        if self.update_every < 1:
+            raise ValueError(f"{where}: update_every must be at least 1, got {self.update_every}.")
+        if self.scope not in ("global", "layer"):
+            raise ValueError(f"{where}: scope must be 'global' or 'layer', got {self.scope!r}.")
+
+    def build(self) -> "MagnitudePruning":
+        """The method this config describes."""
+        return MagnitudePruning(self)
+
+
+class BinaryMask(nn.Module):
+    """w -> mask * w."""
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones_like(weight, dtype=torch.bool))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Same shape and dtype as the weight."""
+        return weight * self.mask
+
+
+class MagnitudePruning(Method):
+    """See [`MagnitudePruningConfig`]."""
+
+    name = "magnitude"
+
+    def __init__(self, config: MagnitudePruningConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._calls = 0
+        self._settled = False
+
+    @property
+    def config(self) -> MagnitudePruningConfig:
+        """The config that built this object."""
+        return self._config
+
+    def parametrization(self, weight: Tensor) -> BinaryMask:
+        """A mask of ones."""
+        return BinaryMask(weight)
+
+    def on_step(self, progress: float) -> None:
+        """Raise the sparsity along the ramp; fix the mask at its end."""
+        if self._settled:
+            return
+        ramp = self._config.ramp_fraction
+        if progress >= ramp:
+            self.settle()
+        elif self._calls % self._config.update_every == 0:
+            self._prune(cubic_ramp(progress / ramp, self._config.target_sparsity))
+        self._calls += 1
+
+    def settle(self) -> None:
+        """Prune to the target and keep that mask."""
+        self._prune(self._config.target_sparsity)
+        self._settled = True
+
+    @torch.no_grad()
+    def _prune(self, sparsity: float) -> None:
+        sizes = [p.parametrizations.weight.original.abs() for p in self.modules.values()]
+        layers = [sizes] if self._config.scope == "global" else [[size] for size in sizes]
+        masks = [
+            mask
+            for group in layers
+            for mask in global_top_k(group, round((1 - sparsity) * sum(t.numel() for t in group)))
+        ]
+        for module, mask in zip(self.modules.values(), masks, strict=True):
+            module.parametrizations.weight[0].mask.copy_(mask)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the mask is fixed."""
+        return self._settled
+
+    def metrics(self) -> dict[str, float]:
+        """Sparsity over the chosen modules."""
+        masks = [module.parametrizations.weight[0].mask for module in self.modules.values()]
+        kept = sum(int(mask.sum()) for mask in masks)
+        return {"sparsity": 1 - kept / sum(mask.numel() for mask in masks)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The schedule's position; the masks are in the model."""
+        return {"calls": self._calls, "settled": self._settled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._calls, self._settled = state["calls"], state["settled"]

@@ -1,0 +1,262 @@
+"""Continuous Sparsification (Savarese, Silva and Maire, NeurIPS 2020).
+
+Each weight has a score s and is multiplied by sigmoid(beta s). The temperature beta grows during training,
+so the mask goes from soft to the hard mask 1[s > 0] without ever sampling.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
+
+GAIN = 0.5
+"""How fast log lambda follows the lag of the sparsity behind its ramp, per step."""
+PENALTY_FLOOR, PENALTY_CEILING = 1e-12, 1.0
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Starts from the intact pretrained function: no rescaling, masks near one for the weights that matter.
+    "pretrained": {
+        "initial_score": 0.5,
+        "score_init": "magnitude",
+        "scale_mask": False,
+        "initial_temperature": 5.0,
+        "soft_fraction": 0.75,
+        "mask_lr": 2e-3,
+    },
+    # The authors' settings: masks start at exactly one through the scale 1 / sigmoid(s0).
+    "paper": {
+        "initial_score": 0.0,
+        "score_init": "constant",
+        "scale_mask": True,
+        "initial_temperature": 1.0,
+        "soft_fraction": 0.5,
+        "mask_lr": 1e-2,
+    },
+}
+
+
+@dataclass
+class SparsificationConfig(MethodConfig):
+    """Continuous Sparsification in one run: soft masks, hardening, fine-tuning with the fixed mask.
+
+    Fields left at None take the preset's value.
+
+    Raises:
+        ValueError: A value is out of range or two contradict each other.
+    """
+
+    target_sparsity: float | None = field(
+        default=0.9,
+        metadata={
+            "help": "Fraction of weights removed, met exactly: a controller steers the penalty towards it and "
+            "hardening keeps the top scores. None: plain CS, whose sparsity follows from the scores."
+        },
+    )
+    preset: Literal["pretrained", "paper"] = field(
+        default="pretrained", metadata={"help": "Where the fields left at None come from."}
+    )
+    initial_score: float | None = field(default=None, metadata={"help": "s0, the (mean) score at the start."})
+    score_init: Literal["constant", "magnitude"] | None = field(
+        default=None,
+        metadata={"help": "'constant': s0 everywhere. 'magnitude': s0 |w| / mean |w|, in each layer."},
+    )
+    scale_mask: bool | None = field(
+        default=None, metadata={"help": "Multiply soft and hard mask by 1 / sigmoid(s0), folded at the end."}
+    )
+    initial_temperature: float | None = field(default=None, metadata={"help": "beta at the first step."})
+    final_temperature: float = field(default=200.0, metadata={"help": "beta when the soft phase ends."})
+    soft_fraction: float | None = field(
+        default=None, metadata={"help": "Part of training with soft masks; the rest fine-tunes."}
+    )
+    mask_lr: float | None = field(default=None, metadata={"help": "Adam's learning rate for the scores."})
+    penalty: float = field(
+        default=1e-8, metadata={"help": "lambda, per unit of mask; the controller starts from it."}
+    )
+
+    def __post_init__(self) -> None:
+        where = "SparsificationConfig"
+        if self.preset not in PRESETS:
+            raise ValueError(f"{where}: preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        assert self.initial_temperature is not None
+        assert self.soft_fraction is not None
+        assert self.mask_lr is not None
+        if self.target_sparsity is not None:
+            check_fraction(where, "target_sparsity", self.target_sparsity)
+        check_fraction(where, "soft_fraction", self.soft_fraction)
+        if not 0 < self.initial_temperature <= self.final_temperature < math.inf:
+            raise ValueError(
+                f"{where}: needs 0 < initial_temperature <= final_temperature, got "
+                f"{self.initial_temperature} and {self.final_temperature}."
+            )
+        for name in ("mask_lr", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite number >= 0, got {getattr(self, name)}.")
+        if not math.isfinite(self.initial_score or 0.0):
+            raise ValueError(f"{where}: initial_score must be finite, got {self.initial_score}.")
+        if self.score_init not in ("constant", "magnitude"):
+            raise ValueError(
+                f"{where}: score_init must be 'constant' or 'magnitude', got {self.score_init!r}."
+            )
+        if self.score_init == "magnitude" and (self.scale_mask or (self.initial_score or 0.0) <= 0):
+            raise ValueError(
+                f"{where}: score_init='magnitude' needs initial_score > 0 and scale_mask=False, since 1/sigmoid(s0) "
+                "makes the mask one only where every score is s0."
+            )
+
+    def build(self) -> "ContinuousSparsification":
+        """The method this config describes."""
+        return ContinuousSparsification(self)
+
+
+class SigmoidMask(nn.Module):
+    """w -> sigmoid(temperature * scores) * scale * w.
+
+    Scores of plus or minus infinity give exactly one and zero and no gradient: that is the hard mask.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, scores: Tensor, temperature: float, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+        self.scale = scale
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
+
+    def mask(self) -> Tensor:
+        """The soft mask, scaled."""
+        return torch.sigmoid(self.temperature * self.scores) * self.scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Same shape and dtype as the weight."""
+        return weight * self.mask().to(weight.dtype)
+
+
+class ContinuousSparsification(Method):
+    """See [`SparsificationConfig`]."""
+
+    name = "sparsification"
+
+    def __init__(self, config: SparsificationConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._penalty = config.penalty
+        self._progress = 0.0
+        self._settled = False
+        self._learned_sparsity: float | None = None
+
+    @property
+    def config(self) -> SparsificationConfig:
+        """The config that built this object."""
+        return self._config
+
+    @property
+    def masks(self) -> list[SigmoidMask]:
+        """The mask of every target, in the model's order."""
+        return [module.parametrizations.weight[0] for module in self.modules.values()]
+
+    def parametrization(self, weight: Tensor) -> SigmoidMask:
+        """A mask whose scores start as the config says."""
+        config = self._config
+        s0 = float(config.initial_score or 0.0)
+        size = weight.detach().abs().float()
+        if config.score_init == "magnitude":
+            scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
+        else:
+            scores = torch.full_like(size, s0)
+        scale = 1 + math.exp(-s0) if config.scale_mask else 1.0
+        return SigmoidMask(scores, float(config.initial_temperature or 1.0), scale)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The scores, at the mask learning rate."""
+        return [{"params": [mask.scores for mask in self.masks], "lr": self._config.mask_lr}]
+
+    def on_step(self, progress: float) -> None:
+        """Set the temperature, beta_0 (beta_T / beta_0)^x, and steer the penalty; harden after the soft phase."""
+        if self._settled:
+            return
+        config, soft = self._config, float(self._config.soft_fraction or 0.0)
+        self._progress = progress
+        if progress >= soft:
+            self.settle()
+            return
+        start = float(config.initial_temperature or 1.0)
+        beta = start * (config.final_temperature / start) ** (progress / soft)
+        for mask in self.masks:
+            mask.temperature.fill_(beta)
+        if config.target_sparsity is not None:
+            self._steer(cubic_ramp(progress / soft, config.target_sparsity))
+
+    @torch.no_grad()
+    def _steer(self, wanted: float) -> None:
+        """Integral control of log lambda: more penalty while the masks lag behind the ramp, less ahead of it."""
+        lag = wanted - self._soft_sparsity()
+        self._penalty = min(max(self._penalty * math.exp(GAIN * lag), PENALTY_FLOOR), PENALTY_CEILING)
+
+    def _soft_sparsity(self) -> float:
+        masks = self.masks
+        total = sum((mask.mask().sum(dtype=torch.float64) / mask.scale for mask in masks), torch.zeros(()))
+        return 1 - float(total) / self._numel
+
+    @property
+    def _numel(self) -> int:
+        return sum(mask.scores.numel() for mask in self.masks)
+
+    def penalty(self) -> Tensor | None:
+        """lambda * sum of masks (the mask's scale included); None once the mask is fixed."""
+        if self._settled:
+            return None
+        return self._penalty * torch.stack([mask.mask().sum() for mask in self.masks]).sum()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Harden: keep scores above zero or, with a target, the top scores over all layers."""
+        masks = self.masks
+        kept = [mask.scores > 0 for mask in masks]
+        self._learned_sparsity = 1 - sum(int(k.sum()) for k in kept) / self._numel
+        target = self._config.target_sparsity
+        if target is not None:
+            kept = global_top_k([mask.scores for mask in masks], round((1 - target) * self._numel))
+        for mask, keep in zip(masks, kept, strict=True):
+            mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
+        self._settled = True
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the mask is hard."""
+        return self._settled
+
+    def metrics(self) -> dict[str, float]:
+        """Sparsity of the hard mask, mean soft mask, temperature and lambda."""
+        kept = sum(int((mask.scores > 0).sum()) for mask in self.masks)
+        return {
+            "sparsity": 1 - kept / self._numel,
+            "soft_sparsity": self._soft_sparsity(),
+            "temperature": float(self.masks[0].temperature),
+            "penalty": self._penalty,
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Also the sparsity the scores had learned before the correction to the target."""
+        learned = self._learned_sparsity
+        return {**super().report(), **({} if learned is None else {"learned_sparsity": learned})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller and the phase; scores and temperature are in the model."""
+        return {
+            "penalty": self._penalty,
+            "settled": self._settled,
+            "learned_sparsity": self._learned_sparsity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._penalty = state["penalty"]
+        self._settled = state["settled"]
+        self._learned_sparsity = state["learned_sparsity"]

@@ -1,0 +1,79 @@
+"""Which modules a method works on, chosen by the conventions of PEFT."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Patterns = str | Sequence[str] | None
+
+DEFAULT_TYPES = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """A string is a regular expression for the whole name; a list holds whole names or their last parts."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def select_modules(
+    model: nn.Module, target_modules: Patterns = None, exclude: Patterns = None
+) -> dict[str, nn.Module]:
+    """The modules whose `weight` a method compresses, by name, in the model's order.
+
+    Args:
+        model: Any model.
+        target_modules: A regular expression matched against the whole module name, or a list of names or
+            name endings. Default: every linear and convolution layer inside the repeated blocks of the
+            base model, so no embedding, norm, bias or output head.
+        exclude: Modules to leave out, in the same notation.
+
+    Raises:
+        ValueError: Nothing matches, a matched module has no weight of two or more dimensions, or its
+            weight is tied to another module's.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for param in module._parameters.values():
+            users[id(param)] = users.get(id(param), 0) + 1
+
+    selected = {}
+    for name, module in model.named_modules():
+        if target_modules is None:
+            chosen = isinstance(module, DEFAULT_TYPES) and module is not head and _in_block(model, name)
+        else:
+            chosen = matches(name, target_modules)
+        if not chosen or matches(name, exclude):
+            continue
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+            if isinstance(target_modules, str) and next(module.children(), None) is not None:
+                continue
+            raise ValueError(f"'{name}' ({type(module).__name__}) has no weight of two or more dimensions.")
+        if users.get(id(weight), 1) > 1:
+            raise ValueError(
+                f"The weight of '{name}' is tied to another module's; add '{name}' to exclude, or untie it."
+            )
+        selected[name] = module
+    if not selected:
+        raise ValueError(
+            f"No module of {type(model).__name__} matches target_modules={target_modules!r}; "
+            "print(model) shows the names."
+        )
+    return selected
+
+
+def _in_block(model: nn.Module, name: str) -> bool:
+    """Inside the base model, under a numbered child of a list of layers."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix):
+        if not name.startswith(f"{prefix}."):
+            return False
+        name = name.removeprefix(f"{prefix}.")
+    return any(part.isdigit() for part in name.split("."))

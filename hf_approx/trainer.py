@@ -1,0 +1,261 @@
+"""Trainers that compress while they fine-tune."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
+
+from hf_approx.methods import Method, MethodConfig
+from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
+from hf_approx.quantizer import ApproxConfig, attach_packing
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "approx_state.json"
+REPORT_FILE = "approx_report.json"
+
+
+class _Schedule(TrainerCallback):
+    """Advances the methods before each optimizer step."""
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = methods
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progress = state.global_step / max(state.max_steps - 1, 1)
+        for method in self.methods:
+            method.on_step(progress)
+
+
+class ApproxTrainerMixin:
+    """Adds compression methods and AvaGrad to a `Trainer`.
+
+    Args:
+        approx: Configs of the methods, applied in this order. They are attached to the model at once, and
+            finalized when `train` ends: the model is then an ordinary one with compressed weights, and
+            `save_model` writes it packed.
+        optimizer: AvaGrad's settings; by default the optimizer `TrainingArguments` names.
+        store_dtype: Dtype of every stored weight once finalized: `"float16"`, `"bfloat16"`, `"float32"`,
+            or None to keep each parameter's own.
+
+    Raises:
+        ValueError: A config does not fit the model; the model is then unchanged.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        approx: MethodConfig | Sequence[MethodConfig] = (),
+        optimizer: AvaGradConfig | None = None,
+        store_dtype: str | None = "float16",
+        **kwargs: Any,
+    ) -> None:
+        configs = [approx] if isinstance(approx, MethodConfig) else list(approx)
+        self.methods: list[Method] = [config.build() for config in configs]
+        self.store_dtype = store_dtype
+        self.approx_report: dict[str, Any] = {}
+        self._finalized = not self.methods
+        if optimizer is not None:
+            kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
+        super().__init__(*args, **kwargs)
+        trainer = cast(Trainer, self)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("ApproxTrainer: masks are not sharded yet; train without FSDP and DeepSpeed.")
+        if optimizer is not None:
+            # Trainer passes the arguments' weight decay with each group; AvaGrad's own wins where decay applies.
+            self._avagrad = optimizer
+        attached: list[Method] = []
+        try:
+            for method in self.methods:
+                method.attach(trainer.model)
+                attached.append(method)
+        except ValueError:
+            for method in attached:
+                method.finalize()
+            raise
+        trainer.add_callback(_Schedule(self.methods))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
+        trainer = cast(Trainer, self)
+        groups = [] if self._finalized else [group for m in self.methods for group in m.param_groups()]
+        if trainer.optimizer is not None:
+            return trainer.optimizer
+        own = [param for group in groups for param in group["params"]]
+        for param in own:
+            param.requires_grad_(False)
+        optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+        for param in own:
+            param.requires_grad_(True)
+        if isinstance(optimizer, AvaGrad):
+            for group in optimizer.param_groups:
+                group["weight_decay"] = self._avagrad.weight_decay if group["weight_decay"] else 0.0
+        if groups:
+            optimizer = CompositeOptimizer(optimizer, torch.optim.Adam(groups))
+        trainer.optimizer = optimizer
+        return optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss plus, in training, the methods' penalties."""
+        trainer = cast(Trainer, self)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not model.training or self._finalized:
+            return result
+        loss, outputs = result if return_outputs else (result, None)
+        penalties = [p for p in (method.penalty() for method in self.methods) if p is not None]
+        # Trainer divides a loss by the accumulation steps unless it was already normalised over all of them.
+        scaled = (trainer.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
+            trainer.compute_loss_func is not None
+        )
+        steps = trainer.current_gradient_accumulation_steps if scaled else 1
+        for penalty in penalties:
+            loss = loss + penalty.to(loss.device) / steps
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the methods' numbers to each training log."""
+        if "loss" in logs and not self._finalized:
+            for method in self.methods:
+                logs.update({f"{method.name}/{k}": v for k, v in method.metrics().items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, then finalize: bake the methods into the weights and make saving write them packed."""
+        trainer = cast(Trainer, self)
+        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        if not self._finalized:
+            self.finalize()
+            trainer.log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
+        return output
+
+    def finalize(self) -> dict[str, Any]:
+        """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done."""
+        trainer = cast(Trainer, self)
+        model = trainer.model
+        if not all(method.is_final for method in self.methods):
+            logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
+            for method in self.methods:
+                method.settle()
+        reports = [method.report() for method in self.methods]
+        names = [name for method in self.methods for name in method.finalize()]
+        self._finalized = True
+        params = dict(model.named_parameters(remove_duplicate=False))
+        kept = sum(int(params[name].count_nonzero()) for name in names)
+        total = sum(params[name].numel() for name in names)
+        if isinstance(model, PreTrainedModel):
+            specs = attach_packing(model, names, self.store_dtype)
+            width = params[names[0]].element_size()
+            packed = sum(spec.nbytes for spec in specs.values())
+        else:
+            logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
+            packed, width = 0, 0
+        self.approx_report = {
+            "methods": reports,
+            "totals": {
+                "sparsity": 1 - kept / total,
+                "dense_bytes": total * width,
+                "packed_bytes": packed,
+            },
+        }
+        logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
+        # The optimizer and the wrapped model hold parameters that are gone.
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.model_wrapped = model
+        return self.approx_report
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
+        if not all(method.is_final for method in self.methods):
+            return False
+        return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        trainer = cast(Trainer, self)
+        folder = output_dir or trainer.args.output_dir or "."
+        if self._finalized or not isinstance(trainer.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            if self.approx_report and trainer.args.should_save:
+                with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
+                    json.dump(self.approx_report, file, indent=2)
+            return
+        # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
+        # shape, in processes without hf_approx too, instead of starting from random weights.
+        state = trainer.model.state_dict() if state_dict is None else state_dict
+        state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
+        trainer.model.config.quantization_config = ApproxConfig(training=True)
+        try:
+            super()._save(output_dir, state)  # type: ignore[misc]
+        finally:
+            del trainer.model.config.quantization_config
+
+    def _plain_names(self) -> list[str]:
+        return [f"{name}.weight" for method in self.methods for name in method.modules]
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A training checkpoint must restore every tensor: anything missing would silently change the result."""
+        if not self._finalized:
+            unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
+            missing = set(load_result.missing_keys) - set(cast(Trainer, self).model._tied_weights_keys or ())
+            if missing or unexpected:
+                name = sorted(missing or unexpected)[0]
+                raise ValueError(
+                    f"The checkpoint does not fit this run: '{name}' is {'missing' if missing else 'unknown'}. "
+                    "Resume with the model, methods and target modules it was made with."
+                )
+            return
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        trainer = cast(Trainer, self)
+        if self.methods and trainer.args.should_save:
+            states = [{"name": m.name, "state": m.state_dict()} for m in self.methods]
+            with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump(states, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or not self.methods:
+            return
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
+        with open(path, encoding="utf-8") as file:
+            states = json.load(file)
+        if [s["name"] for s in states] != [m.name for m in self.methods]:
+            raise ValueError(
+                f"Cannot resume: the checkpoint was made with {[s['name'] for s in states]}, "
+                f"this run has {[m.name for m in self.methods]}."
+            )
+        for method, saved in zip(self.methods, states, strict=True):
+            method.load_state_dict(saved["state"])
+
+
+class ApproxTrainer(ApproxTrainerMixin, Trainer):
+    """`transformers.Trainer` with compression methods; see [`ApproxTrainerMixin`] for its three arguments."""
+
+
+class ApproxSeq2SeqTrainer(ApproxTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with compression methods; see [`ApproxTrainerMixin`]."""
