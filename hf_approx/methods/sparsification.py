@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
 
-GAIN = 0.5
-"""How fast log lambda follows the lag of the sparsity behind its ramp, per step."""
-PENALTY_FLOOR, PENALTY_CEILING = 1e-12, 1.0
+QUANTILE_SAMPLE = 1 << 18
+"""Scores that steer the sparsity during training; the final mask ranks all of them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Starts from the intact pretrained function: no rescaling, masks near one for the weights that matter.
@@ -52,8 +51,8 @@ class SparsificationConfig(MethodConfig):
     target_sparsity: float | None = field(
         default=0.9,
         metadata={
-            "help": "Fraction of weights removed, met exactly: a controller steers the penalty towards it and "
-            "hardening keeps the top scores. None: plain CS, whose sparsity follows from the scores."
+            "help": "Fraction of weights removed: the scores are lowered together along a cubic ramp, and "
+            "hardening keeps the top ones. None: plain CS, steered by the penalty and s0 alone."
         },
     )
     preset: Literal["pretrained", "paper"] = field(
@@ -74,7 +73,7 @@ class SparsificationConfig(MethodConfig):
     )
     mask_lr: float | None = field(default=None, metadata={"help": "Adam's learning rate for the scores."})
     penalty: float = field(
-        default=1e-8, metadata={"help": "lambda, per unit of mask; the controller starts from it."}
+        default=1e-8, metadata={"help": "lambda, per unit of mask; without a target sparsity."}
     )
 
     def __post_init__(self) -> None:
@@ -146,8 +145,6 @@ class ContinuousSparsification(Method):
     def __init__(self, config: SparsificationConfig) -> None:
         super().__init__()
         self._config = config
-        self._penalty = config.penalty
-        self._progress = 0.0
         self._settled = False
         self._learned_sparsity: float | None = None
 
@@ -178,11 +175,10 @@ class ContinuousSparsification(Method):
         return [{"params": [mask.scores for mask in self.masks], "lr": self._config.mask_lr}]
 
     def on_step(self, progress: float) -> None:
-        """Set the temperature, beta_0 (beta_T / beta_0)^x, and steer the penalty; harden after the soft phase."""
+        """Set the temperature, beta_0 (beta_T / beta_0)^x, and steer the scores; harden after the soft phase."""
         if self._settled:
             return
         config, soft = self._config, float(self._config.soft_fraction or 0.0)
-        self._progress = progress
         if progress >= soft:
             self.settle()
             return
@@ -195,10 +191,19 @@ class ContinuousSparsification(Method):
 
     @torch.no_grad()
     def _steer(self, wanted: float) -> None:
-        """Integral control of log lambda: more penalty while the masks lag behind the ramp, less ahead of it."""
-        lag = wanted - self._soft_sparsity()
-        self._penalty = min(max(self._penalty * math.exp(GAIN * lag), PENALTY_FLOOR), PENALTY_CEILING)
+        """Lower all scores by one number, so that the wanted share of them is below zero.
 
+        The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
+        multiplier is solved for instead of tuned. It is the quantile of an evenly spaced sample.
+        """
+        scores = [mask.scores for mask in self.masks]
+        stride = max(self._numel // QUANTILE_SAMPLE, 1)
+        sample = torch.cat([s.reshape(-1)[::stride] for s in scores])
+        threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
+        for s in scores:
+            s.sub_(threshold)
+
+    @torch.no_grad()
     def _soft_sparsity(self) -> float:
         masks = self.masks
         total = sum((mask.mask().sum(dtype=torch.float64) / mask.scale for mask in masks), torch.zeros(()))
@@ -209,10 +214,10 @@ class ContinuousSparsification(Method):
         return sum(mask.scores.numel() for mask in self.masks)
 
     def penalty(self) -> Tensor | None:
-        """lambda * sum of masks (the mask's scale included); None once the mask is fixed."""
-        if self._settled:
+        """lambda * sum of masks, scale included; None with a target or once the mask is fixed."""
+        if self._settled or self._config.target_sparsity is not None:
             return None
-        return self._penalty * torch.stack([mask.mask().sum() for mask in self.masks]).sum()
+        return self._config.penalty * torch.stack([mask.mask().sum() for mask in self.masks]).sum()
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -233,13 +238,12 @@ class ContinuousSparsification(Method):
         return self._settled
 
     def metrics(self) -> dict[str, float]:
-        """Sparsity of the hard mask, mean soft mask, temperature and lambda."""
+        """Sparsity of the hard mask, mean soft mask, and temperature."""
         kept = sum(int((mask.scores > 0).sum()) for mask in self.masks)
         return {
             "sparsity": 1 - kept / self._numel,
             "soft_sparsity": self._soft_sparsity(),
             "temperature": float(self.masks[0].temperature),
-            "penalty": self._penalty,
         }
 
     def report(self) -> dict[str, Any]:
@@ -248,15 +252,10 @@ class ContinuousSparsification(Method):
         return {**super().report(), **({} if learned is None else {"learned_sparsity": learned})}
 
     def state_dict(self) -> dict[str, Any]:
-        """The controller and the phase; scores and temperature are in the model."""
-        return {
-            "penalty": self._penalty,
-            "settled": self._settled,
-            "learned_sparsity": self._learned_sparsity,
-        }
+        """The phase; scores and temperature are in the model."""
+        return {"settled": self._settled, "learned_sparsity": self._learned_sparsity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._penalty = state["penalty"]
         self._settled = state["settled"]
         self._learned_sparsity = state["learned_sparsity"]

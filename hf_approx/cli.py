@@ -1,0 +1,163 @@
+"""The command line: train, compress, inspect and decompress."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+
+import hf_approx
+from hf_approx.inspection import Inspection, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.quantizer import attach_packing
+from hf_approx.targets import select_modules
+
+app = typer.Typer(
+    help="Sparsify Hugging Face models and ship them small.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[str, typer.Argument(help="Folder of a saved model, or a Hub repository id.")]
+Output = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A recipe's YAML config.")],
+    output_dir: Annotated[Path, typer.Option(help="Where models are saved.")] = Path("outputs"),
+    recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "text_classification",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, overrides the config.")] = None,
+) -> None:
+    """Run a recipe with `accelerate launch`."""
+    package = Path(hf_approx.__file__).parent
+    folders = [package / "recipes", package.parent / "recipes"]
+    script = next((f / f"{recipe}.py" for f in folders if (f / f"{recipe}.py").is_file()), None)
+    if script is None:
+        raise FileNotFoundError(f"There is no recipe '{recipe}'.")
+    if not config.is_file():
+        raise FileNotFoundError(f"'{config}' does not exist.")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(script)]
+    command += ["--config", str(config), "--output_dir", str(output_dir)]
+    for value in set_ or []:
+        command += ["--set", value]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def compress(
+    source: Source,
+    output: Output,
+    store_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+) -> None:
+    """Write a trained model whose weights contain zeros as a packed checkpoint."""
+    _check_output(output)
+    folder = find_checkpoint(source)
+    packing = read_packing(folder)
+    if packing is not None:
+        state = "a checkpoint of unfinished training" if packing.training else "packed already"
+        raise ValueError(f"'{source}' is {state}.")
+    model = _load(folder)
+    specs = attach_packing(model, [f"{name}.weight" for name in select_modules(model)], store_dtype)
+    if not any(spec.nnz < spec.numel for spec in specs.values()):
+        raise ValueError(f"'{source}' has no zeros in its layers: nothing to pack. Sparsify it first.")
+    _write(model, folder, output)
+    _show(inspect_checkpoint(output), brief=True)
+
+
+@app.command()
+def inspect(
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show shape, sparsity, bits and bytes of every tensor, and totals against dense."""
+    result = inspect_checkpoint(find_checkpoint(source))
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _show(result)
+
+
+@app.command()
+def decompress(source: Source, output: Output) -> None:
+    """Write a packed checkpoint as an ordinary transformers checkpoint."""
+    _check_output(output)
+    folder = find_checkpoint(source)
+    if read_packing(folder) is None:
+        raise ValueError(f"'{source}' is not packed.")
+    model = _load(folder)
+    model.dequantize()
+    _write(model, folder, output)
+    print(f"Wrote {output}: {inspect_checkpoint(output).bytes:,} bytes of dense tensors.")
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"'{output}' exists and is not an empty folder.")
+
+
+def _load(folder: Path) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise ValueError(f"transformers has no class '{name}'.")
+    model, report = cls.from_pretrained(folder, output_loading_info=True)
+    lost = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+    if lost:
+        raise ValueError(f"'{folder}' does not hold a complete {name}: '{lost[0]}' is missing or unknown.")
+    return model
+
+
+def _write(model: transformers.PreTrainedModel, source: Path, output: Path) -> None:
+    """Save beside `output` and move it there whole; tokenizer and processor files come along."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        for path in source.iterdir():
+            if path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in skipped:
+                shutil.copy(path, partial / path.name)
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _show(result: Inspection, brief: bool = False) -> None:
+    console = Console()
+    if not brief:
+        table = Table("tensor", "shape", "dtype", "sparsity", "bits/weight", "bytes")
+        for row in result.rows:
+            shape = " x ".join(map(str, row.shape)) or "scalar"
+            sparsity = f"{row.sparsity:.2%}" if row.packed else "-"
+            table.add_row(row.name, shape, row.dtype, sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
+        console.print(table)
+    console.print(
+        f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
+        f"({result.dense_bytes:,} bytes in the same dtypes)."
+    )
+    if result.packed_bytes:
+        console.print(
+            f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
+            f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times mask entropy + kept values."
+        )
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Entry point: errors a user can act on are one line and exit code 1."""
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        return app(argv)
+    except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return sys.exit(1)

@@ -1,0 +1,145 @@
+"""What is in a checkpoint, read from its config and the headers of its weight files."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from hf_approx.packing import DTYPES, PackedFormatError, TensorSpec
+from hf_approx.quantizer import QUANT_METHOD, ApproxConfig
+
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor: how large it is dense (in its stored dtype) and on disk."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    packed: bool
+    sparsity: float
+    bits: float
+    bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Every tensor of a checkpoint, and what the packed ones could be at best."""
+
+    rows: list[Row]
+    packed_bytes: int
+    packed_bound_bytes: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of all tensors if none was packed."""
+        return sum(row.dense_bytes for row in self.rows)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the packed weights."""
+        packed = [row for row in self.rows if row.packed]
+        total = sum(math.prod(row.shape) for row in packed)
+        return sum(row.sparsity * math.prod(row.shape) for row in packed) / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: `tensors` and `totals`."""
+        return {
+            "tensors": [asdict(row) for row in self.rows],
+            "totals": {
+                "bytes": self.bytes,
+                "dense_bytes": self.dense_bytes,
+                "packed_sparsity": self.sparsity,
+                "packed_bytes": self.packed_bytes,
+                "packed_bound_bytes": self.packed_bound_bytes,
+            },
+        }
+
+
+def find_checkpoint(path_or_repo: str) -> Path:
+    """A folder, or the local copy of a Hub repository (its config and weights are downloaded).
+
+    Raises:
+        FileNotFoundError: It is neither, or holds no `config.json`.
+    """
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path_or_repo, allow_patterns=["*.json", "*.safetensors"]))
+        except (HFValidationError, RepositoryNotFoundError, OSError):
+            raise FileNotFoundError(
+                f"'{path_or_repo}' is neither a folder nor a repository that can be reached."
+            ) from None
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"'{path_or_repo}' has no config.json: it is not a saved model.")
+    return folder
+
+
+def read_packing(folder: Path) -> ApproxConfig | None:
+    """The packing part of a checkpoint's config, checked; None for an ordinary checkpoint.
+
+    Raises:
+        PackedFormatError: It is damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise PackedFormatError(f"{folder / 'config.json'} is not JSON.") from None
+    data = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(data, dict) or data.get("quant_method") != QUANT_METHOD:
+        return None
+    return ApproxConfig.from_dict(data)
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """Read a checkpoint folder without loading its weights.
+
+    Raises:
+        PackedFormatError: The config or a weight file is damaged.
+        FileNotFoundError: There is no safetensors file.
+    """
+    packing = read_packing(folder)
+    specs = packing.tensors if packing else {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"'{folder}' has no safetensors file.")
+    rows = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    part = file.get_slice(name)
+                    rows.append(_row(name, tuple(part.get_shape()), part.get_dtype(), specs.get(name)))
+        except SafetensorError as error:
+            raise PackedFormatError(f"{path} is damaged: {error}") from None
+    missing = set(specs) - {row.name for row in rows}
+    if missing:
+        raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
+    bound = sum(spec.entropy_bits / 8 + spec.value_bytes for spec in specs.values())
+    return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound)
+
+
+def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None) -> Row:
+    if spec is None:
+        size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
+        return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, size)
+    if dtype != "U8" or shape != (spec.nbytes,):
+        raise PackedFormatError(
+            f"Packed weight '{name}' should be {spec.nbytes} bytes, the file holds {dtype} {list(shape)}."
+        )
+    dense = spec.numel * DTYPES[spec.dtype].itemsize
+    sparsity = 1 - spec.nnz / spec.numel
+    return Row(name, spec.shape, spec.dtype, True, sparsity, 8 * spec.nbytes / spec.numel, spec.nbytes, dense)

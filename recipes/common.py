@@ -1,0 +1,192 @@
+"""What recipes share: reading a config, finding models and data, measuring what is on disk."""
+
+import importlib
+import json
+import time
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import DatasetDict, load_dataset
+from transformers import AutoModelForSequenceClassification
+
+from hf_approx import AvaGradConfig
+from hf_approx.methods import METHODS, MethodConfig
+
+RECIPES = Path(__file__).parent
+
+
+class ConfigError(ValueError):
+    """A recipe's config says something impossible."""
+
+
+@dataclass
+class RecipeConfig:
+    """One YAML file.
+
+    Attributes:
+        model: Hub id, folder, or `package:NAME/FOLDER` for files inside an installed Python package.
+        dataset: Arguments of `datasets.load_dataset`, or `{python: MODULE:FUNCTION}` for a function that
+            returns a `DatasetDict`; the module may be a file beside this one.
+        text_columns: One column, or two for pairs.
+        label_column: Column of class numbers or names.
+        train_split: Split to train on.
+        eval_split: Split to measure on.
+        metric: A name for `evaluate.load`, or a file beside this one.
+        max_length: Longest input, in tokens.
+        max_train_samples: Train on the first so many examples only.
+        max_eval_samples: Measure on the first so many examples only.
+        training: Arguments of `transformers.TrainingArguments`.
+        optimizer: Arguments of `AvaGradConfig`, or nothing for the optimizer `training` names.
+        approx: Methods in order: each `{method: NAME, ...fields of its config}`.
+        store_dtype: Dtype of the stored weights.
+        baseline: Also train the dense model, with the same settings.
+    """
+
+    model: str
+    dataset: dict[str, Any]
+    text_columns: list[str]
+    label_column: str = "label"
+    train_split: str = "train"
+    eval_split: str = "validation"
+    metric: str = "metrics/accuracy.py"
+    max_length: int = 128
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = None
+    approx: list[dict[str, Any]] = field(default_factory=list)
+    store_dtype: str | None = "float16"
+    baseline: bool = True
+
+    def methods(self) -> list[MethodConfig]:
+        """The method configs; raises `ConfigError` for an unknown method or field."""
+        configs = []
+        for entry in self.approx:
+            options = dict(entry)
+            name = options.pop("method", None)
+            if name not in METHODS:
+                raise ConfigError(f"approx: method must be one of {', '.join(METHODS)}, got {name!r}.")
+            configs.append(_build(METHODS[name], options, f"approx ({name})"))
+        return configs
+
+    def avagrad(self) -> AvaGradConfig | None:
+        """AvaGrad's settings, if the recipe asks for it."""
+        return None if self.optimizer is None else _build(AvaGradConfig, self.optimizer, "optimizer")
+
+
+def _build(cls: type[Any], options: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in fields(cls)}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
+    return cls(**options)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
+    """Read a YAML config; each override is `KEY=VALUE` or `KEY.SUBKEY=VALUE`, its value YAML.
+
+    Raises:
+        ConfigError: The file is missing, no YAML mapping, or has unknown, missing or impossible values.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of options.")
+    for override in overrides or []:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set needs KEY=VALUE, got {override!r}.")
+        *parents, last = key.split(".")
+        place: Any = data
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[last] = yaml.safe_load(value)
+    missing = {"model", "dataset", "text_columns"} - set(data)
+    if missing:
+        raise ConfigError(f"{path}: {', '.join(sorted(missing))} must be given.")
+    config = _build(RecipeConfig, data, str(path))
+    if isinstance(config.text_columns, str):
+        config.text_columns = [config.text_columns]
+    config.methods()
+    config.avagrad()
+    return config
+
+
+def resolve_model(name: str) -> str:
+    """A Hub id or folder; `package:NAME/FOLDER` becomes the folder inside that package."""
+    if not name.startswith("package:"):
+        return name
+    package, _, folder = name.removeprefix("package:").partition("/")
+    try:
+        return str(files(package).joinpath(folder))
+    except ModuleNotFoundError:
+        raise ConfigError(f"model: the package {package!r} is not installed; install hf-approx[demo].") from None
+
+
+def load_data(config: RecipeConfig) -> DatasetDict:
+    """The data set, its labels as class numbers.
+
+    Raises:
+        ConfigError: A split or column does not exist.
+    """
+    options = dict(config.dataset)
+    if "python" in options:
+        module, _, function = options["python"].partition(":")
+        data = getattr(importlib.import_module(module), function)()
+    else:
+        data = load_dataset(**options)
+    for split in (config.train_split, config.eval_split):
+        if split not in data:
+            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(data)}.")
+    columns = data[config.train_split].column_names
+    for column in (*config.text_columns, config.label_column):
+        if column not in columns:
+            raise ConfigError(f"dataset: no column {column!r}; it has {', '.join(columns)}.")
+    data = DatasetDict(train=data[config.train_split], validation=data[config.eval_split])
+    if not hasattr(data["train"].features[config.label_column], "names"):
+        data = data.class_encode_column(config.label_column)
+    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
+        if limit is not None:
+            data[split] = data[split].select(range(min(limit, len(data[split]))))
+    return data
+
+
+def metric_path(name: str) -> str:
+    """A metric file beside the recipes, or a name `evaluate` knows."""
+    local = RECIPES / name
+    return str(local) if local.exists() else name
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files in a checkpoint folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def load_seconds(folder: str | Path, repeats: int = 3) -> float:
+    """Best of several times `from_pretrained` takes."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        AutoModelForSequenceClassification.from_pretrained(folder)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def same_logits(folder: str | Path, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether the checkpoint computes bit for bit what the model in memory does."""
+    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model.eval()
+    with torch.no_grad():
+        return torch.equal(loaded(**inputs).logits, model.to("cpu")(**inputs).logits)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file, creating its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,157 @@
+"""Fine-tune a text classifier dense and compressed, save both, load them back, and print one table.
+
+accelerate launch recipes/text_classification.py --config recipes/configs/words_sparse90.yaml
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import numpy as np
+from common import (
+    ConfigError,
+    RecipeConfig,
+    load_data,
+    load_seconds,
+    metric_path,
+    read_config,
+    resolve_model,
+    same_logits,
+    weight_bytes,
+    write_json,
+)
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_approx import ApproxTrainer
+
+
+class Recipe:
+    """One config at work: data, tokenizer and metric are prepared once, models are trained on demand."""
+
+    def __init__(self, config: RecipeConfig, output_dir: str) -> None:
+        self.config = config
+        self.output_dir = Path(output_dir)
+        data = load_data(config)
+        self.labels = data["train"].features[config.label_column].names
+        self.model_path = resolve_model(config.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model_path)
+        self.metric = evaluate.load(metric_path(config.metric))
+        self.data = data.map(self._tokenize, batched=True, remove_columns=data["train"].column_names)
+
+    def _tokenize(self, batch: dict[str, Any]) -> dict[str, Any]:
+        texts = [batch[column] for column in self.config.text_columns]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.config.max_length)
+        return {**encoded, "labels": batch[self.config.label_column]}
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.metric.compute(
+            predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
+        )
+
+    def train(self, name: str, compressed: bool, resume: bool = False) -> tuple[ApproxTrainer, dict[str, Any]]:
+        """Train one model, save it under `name`, and measure it.
+
+        Returns:
+            The trainer and a row of the table: metric, sparsity, bytes, load time.
+        """
+        config = self.config
+        folder = self.output_dir / name
+        args = TrainingArguments(
+            output_dir=str(self.output_dir / f"{name}-checkpoints"),
+            **{"report_to": [], "save_strategy": "no", **config.training},
+        )
+        set_seed(args.seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.model_path,
+            num_labels=len(self.labels),
+            id2label=dict(enumerate(self.labels)),
+            label2id={label: i for i, label in enumerate(self.labels)},
+        )
+        trainer = ApproxTrainer(
+            model=model,
+            args=args,
+            train_dataset=self.data["train"],
+            eval_dataset=self.data["validation"],
+            processing_class=self.tokenizer,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            compute_metrics=self._metrics,
+            approx=config.methods() if compressed else [],
+            optimizer=config.avagrad(),
+            store_dtype=config.store_dtype,
+        )
+        trainer.train(resume_from_checkpoint=resume or None)
+        measured = trainer.evaluate()
+        trainer.save_model(str(folder))
+        row: dict[str, Any] = {
+            k.removeprefix("eval_"): v for k, v in measured.items() if k.removeprefix("eval_") in self.scores
+        }
+        row["sparsity"] = trainer.approx_report.get("totals", {}).get("sparsity", 0.0)
+        if trainer.is_world_process_zero():
+            row["bytes"] = weight_bytes(folder)
+            row["load_seconds"] = load_seconds(folder)
+            batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
+            batch.pop("labels")
+            row["reloaded_equal"] = same_logits(folder, trainer.model, dict(batch))
+        return trainer, row
+
+    @property
+    def scores(self) -> list[str]:
+        """Names of the numbers the metric computes."""
+        return list(self.metric.compute(predictions=[0, 1], references=[0, 1]))
+
+
+def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
+    """Print the table of dense against compressed."""
+    table = Table(title="Dense against compressed")
+    headers = ("model", *scores, "sparsity", "bytes on disk", "load time", "reloaded bit-equal")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            *(f"{row[score]:.4f}" for score in scores),
+            f"{row['sparsity']:.2%}",
+            f"{row['bytes']:,}",
+            f"{row['load_seconds']:.2f} s",
+            "yes" if row["reloaded_equal"] else "NO",
+        )
+    Console().print(table)
+
+
+def main() -> int:
+    """Run the recipe; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
+    parser.add_argument("--output_dir", default="outputs/text_classification", help="where models are saved")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    parser.add_argument("--resume", action="store_true", help="continue from the last training checkpoint")
+    options = parser.parse_args()
+    try:
+        recipe = Recipe(read_config(options.config, options.set), options.output_dir)
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = {}
+    if recipe.config.baseline:
+        trainer, rows["dense"] = recipe.train("dense", compressed=False)
+    if recipe.config.approx:
+        trainer, rows["compressed"] = recipe.train("compressed", compressed=True, resume=options.resume)
+    if trainer.is_world_process_zero():
+        write_json(recipe.output_dir / "results.json", rows)
+        show(rows, recipe.scores)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
