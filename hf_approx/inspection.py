@@ -13,7 +13,18 @@ from safetensors import SafetensorError, safe_open
 from hf_approx.packing import DTYPES, PackedFormatError, TensorSpec
 from hf_approx.quantizer import QUANT_METHOD, ApproxConfig
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
 
 
 @dataclass(frozen=True)

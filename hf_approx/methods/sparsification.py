@@ -126,7 +126,9 @@ class SigmoidMask(nn.Module):
         super().__init__()
         self.scores = nn.Parameter(scores)
         self.scale = scale
-        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
+        self.register_buffer(
+            "temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device)
+        )
 
     def mask(self) -> Tensor:
         """The soft mask, scaled."""

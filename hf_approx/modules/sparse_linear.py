@@ -36,7 +36,12 @@ class SparseLinear(nn.Module):
     """
 
     def __init__(
-        self, packed: Tensor, spec: TensorSpec, bias: nn.Parameter | None, dtype: torch.dtype, transposed: bool
+        self,
+        packed: Tensor,
+        spec: TensorSpec,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        transposed: bool,
     ) -> None:
         super().__init__()
         positions, values = unpack_parts(packed, spec)

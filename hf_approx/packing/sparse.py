@@ -35,7 +35,9 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     dense = weight.detach().to("cpu").reshape(-1)
     stored = dense.to(DTYPES[name])
     if bool((stored.isinf() & dense.isfinite()).any()):
-        raise ValueError(f"A weight of size {float(dense.abs().max()):.3g} does not fit {name}; store bfloat16.")
+        raise ValueError(
+            f"A weight of size {float(dense.abs().max()):.3g} does not fit {name}; store bfloat16."
+        )
     positions = stored.nonzero().reshape(-1)
     k, low, unary = rice.encode(positions.numpy(), stored.numel())
     values = stored[positions].view(torch.uint8).numpy()
@@ -53,7 +55,9 @@ def unpack_parts(packed: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         PackedFormatError: The bytes are not what the spec says.
     """
     if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise PackedFormatError(f"expected a row of bytes, found {packed.dtype} of shape {list(packed.shape)}")
+        raise PackedFormatError(
+            f"expected a row of bytes, found {packed.dtype} of shape {list(packed.shape)}"
+        )
     if packed.numel() != spec.nbytes:
         raise PackedFormatError(f"expected {spec.nbytes} bytes, found {packed.numel()}")
     data = packed.detach().to("cpu").contiguous().numpy()
@@ -61,7 +65,12 @@ def unpack_parts(packed: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         raise PackedFormatError("the bytes do not match their checksum")
     low, unary, values = np.split(data, np.cumsum([spec.remainder_bytes, spec.unary_bytes]))
     positions = rice.decode(spec.rice, low, unary, spec.nnz, spec.numel)
-    kept = torch.from_numpy(values.copy()).view(DTYPES[spec.dtype])
+    # torch refuses to view an empty row of bytes as anything wider.
+    kept = (
+        torch.from_numpy(values.copy()).view(DTYPES[spec.dtype])
+        if spec.nnz
+        else torch.empty(0, dtype=DTYPES[spec.dtype])
+    )
     return torch.from_numpy(positions), kept
 
 

@@ -97,20 +97,29 @@ class TensorSpec:
         """
         fields = ("shape", "dtype", "nnz", "rice", "nbytes", "crc32")
         if not isinstance(data, dict) or set(data) != set(fields):
-            raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(fields)}.")
+            raise PackedFormatError(
+                f"Packed weight '{name}': its entry must have the fields {', '.join(fields)}."
+            )
 
         def whole(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
         shape = data["shape"]
         if not isinstance(shape, (list, tuple)) or not shape or not all(whole(d) and d > 0 for d in shape):
-            raise PackedFormatError(f"Packed weight '{name}': shape {shape} is not a list of positive integers.")
+            raise PackedFormatError(
+                f"Packed weight '{name}': shape {shape} is not a list of positive integers."
+            )
         numel = math.prod(shape)
         if numel > MAX_NUMEL:
             raise PackedFormatError(f"Packed weight '{name}': shape {shape} is larger than any weight.")
-        if data["dtype"] not in DTYPES:
+        if not isinstance(data["dtype"], str) or data["dtype"] not in DTYPES:
             raise PackedFormatError(f"Packed weight '{name}': dtype {data['dtype']!r} is unknown.")
-        limits = {"nnz": numel, "rice": max(numel.bit_length() - 1, 0), "nbytes": 9 * numel, "crc32": 2**32 - 1}
+        limits = {
+            "nnz": numel,
+            "rice": max(numel.bit_length() - 1, 0),
+            "nbytes": 9 * numel,
+            "crc32": 2**32 - 1,
+        }
         for field, limit in limits.items():
             if not whole(data[field]) or not 0 <= data[field] <= limit:
                 raise PackedFormatError(
