@@ -147,10 +147,7 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None)
     if spec is None:
         size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
         return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, size)
-    if dtype != "U8" or shape != (spec.nbytes,):
-        raise PackedFormatError(
-            f"Packed weight '{name}' should be {spec.nbytes} bytes, the file holds {dtype} {list(shape)}."
-        )
+    spec.check_stored(name, dtype, shape)
     dense = spec.numel * DTYPES[spec.dtype].itemsize
     sparsity = 1 - spec.nnz / spec.numel
     return Row(name, spec.shape, spec.dtype, True, sparsity, 8 * spec.nbytes / spec.numel, spec.nbytes, dense)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "hf_approx"
 FORMAT_VERSION = 1
+NO_OFFLOAD = "hf_approx cannot decode weights offloaded to disk or CPU; choose a device_map without offloading."
 Runtime = Literal["dense", "packed"]
 
 
@@ -113,6 +115,9 @@ class ApproxQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot be loaded before anything is built."""
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(NO_OFFLOAD)
         if self.quantization_config.training:
             raise PackedFormatError(
                 "This is a checkpoint of unfinished training. Resume it with "
@@ -135,13 +140,19 @@ class ApproxQuantizer(HfQuantizer):
             return param.element_size()
         return spec.numel * self._dtypes[param_name].itemsize / max(param.numel(), 1)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """None: a packed file uses the model's own parameter names, never those of its first release."""
+        return []
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Check config and files against the model, then put a row of bytes in the place of each packed weight."""
         config = self.quantization_config
+        _check_files(checkpoint_files or [], config.tensors)
         params = dict(model.named_parameters(remove_duplicate=False))
-        config.tensors = {_own_name(name, model, params): spec for name, spec in config.tensors.items()}
+        config.tensors = _own_names(config.tensors, model, params)
         for name, spec in config.tensors.items():
-            if name not in params:
-                raise PackedFormatError(f"Packed weight '{name}' does not exist in {type(model).__name__}.")
             if tuple(params[name].shape) != spec.shape:
                 raise PackedFormatError(
                     f"Packed weight '{name}': the file says shape {list(spec.shape)}, "
@@ -156,9 +167,7 @@ class ApproxQuantizer(HfQuantizer):
         for name, spec in self.quantization_config.tensors.items():
             packed = model.get_parameter(name)
             if packed.device.type == "meta":
-                raise ValueError(
-                    "hf_approx cannot decode weights offloaded to disk or CPU; choose a device_map without offloading."
-                )
+                raise ValueError(NO_OFFLOAD)
             if packed.dtype != torch.uint8:  # a tied weight, decoded under its other name
                 continue
             try:
@@ -210,6 +219,8 @@ class ApproxQuantizer(HfQuantizer):
             state[name], written = done[id(tensor)]
             if spec is not None and written is not None:
                 config.tensors[name] = written
+        # An empty list, unlike a missing one, keeps save_pretrained from renaming to the first release's names.
+        model._weight_conversions = []
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -244,13 +255,36 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def _own_name(name: str, model: PreTrainedModel, params: dict[str, Any]) -> str:
-    """`name` as this class has it: a base model lacks the prefix a model with a head has, and vice versa."""
+def _own_names(
+    tensors: dict[str, TensorSpec], model: PreTrainedModel, params: dict[str, Any]
+) -> dict[str, TensorSpec]:
+    """The entries under the names this class has: a base model lacks the prefix a model with a head has.
+
+    Entries for parameters that only the saved class has (its head, say) are left out, as transformers does.
+    """
     prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if candidate in params:
-            return candidate
-    return name
+    own = {}
+    for name, spec in tensors.items():
+        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in params), None)
+        if found is not None:
+            own[found] = spec
+        elif type(model).__name__ in (model.config.architectures or ()):
+            raise PackedFormatError(f"Packed weight '{name}' does not exist in {type(model).__name__}.")
+    return own
+
+
+def _check_files(files: list[str], tensors: dict[str, TensorSpec]) -> None:
+    """Raise `PackedFormatError` unless every entry has its row of bytes in one of the files."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in set(file.keys()) & set(tensors):
+                part = file.get_slice(name)
+                found[name] = (part.get_dtype(), part.get_shape())
+    for name, spec in tensors.items():
+        if name not in found:
+            raise PackedFormatError(f"Packed weight '{name}' is in config.json but in no weight file.")
+        spec.check_stored(name, *found[name])
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

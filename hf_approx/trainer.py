@@ -155,9 +155,7 @@ class ApproxTrainerMixin:
         trainer = cast(Trainer, self)
         model = trainer.model
         if not all(method.is_final for method in self.methods):
-            logger.warning(
-                "Training ended before the masks were fixed; fixing them now, without fine-tuning."
-            )
+            logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
             for method in self.methods:
                 method.settle()
         reports = [method.report() for method in self.methods]

@@ -126,9 +126,7 @@ def resolve_model(name: str) -> str:
     try:
         return str(files(package).joinpath(folder))
     except ModuleNotFoundError:
-        raise ConfigError(
-            f"model: the package {package!r} is not installed; install hf-approx[demo]."
-        ) from None
+        raise ConfigError(f"model: the package {package!r} is not installed; install hf-approx[demo].") from None
 
 
 def load_data(config: RecipeConfig) -> DatasetDict:

@@ -59,9 +59,7 @@ class Recipe:
             predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
         )
 
-    def train(
-        self, name: str, compressed: bool, resume: bool = False
-    ) -> tuple[ApproxTrainer, dict[str, Any]]:
+    def train(self, name: str, compressed: bool, resume: bool = False) -> tuple[ApproxTrainer, dict[str, Any]]:
         """Train one model, save it under `name`, and measure it.
 
         Returns:

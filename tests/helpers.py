@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from models import build, dataset
 from transformers import TrainingArguments
 
 from hf_approx import ApproxTrainer
-from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
 

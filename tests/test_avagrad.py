@@ -59,9 +59,7 @@ def descend(optimizer, params, steps, curvature=CURVATURE):
 def test_a1_trajectories(case, foreach):
     variant, decay, decoupled = case
     w = start()
-    optimizer = AvaGrad(
-        [w], variant=variant, weight_decay=decay, decoupled_weight_decay=decoupled, foreach=foreach
-    )
+    optimizer = AvaGrad([w], variant=variant, weight_decay=decay, decoupled_weight_decay=decoupled, foreach=foreach)
     for t, value in enumerate(descend(optimizer, [w], 6), start=1):
         if t in TRAJECTORIES[case]:
             expected = torch.tensor(TRAJECTORIES[case][t], dtype=torch.float64)
@@ -213,9 +211,7 @@ def test_schedulers_scale_the_step():
 def test_parameters_without_gradient_stay_out_of_gamma():
     w, idle = start(), torch.nn.Parameter(torch.ones(1000, dtype=torch.float64))
     last = list(descend(AvaGrad([w, idle]), [w], 6))[-1]
-    torch.testing.assert_close(
-        last, torch.tensor(TRAJECTORIES["exact", 0.0, False][6]).double(), rtol=0, atol=1e-7
-    )
+    torch.testing.assert_close(last, torch.tensor(TRAJECTORIES["exact", 0.0, False][6]).double(), rtol=0, atol=1e-7)
     assert torch.equal(idle.detach(), torch.ones(1000, dtype=torch.float64))
 
 

@@ -73,9 +73,7 @@ def test_a_hostile_entry_is_refused_or_harmless(data):
     }
     try:
         spec = TensorSpec.from_dict("w", entry)
-        dense = unpack(
-            torch.frombuffer(bytearray(blob) or bytearray(1), dtype=torch.uint8)[: len(blob)], spec
-        )
+        dense = unpack(torch.frombuffer(bytearray(blob) or bytearray(1), dtype=torch.uint8)[: len(blob)], spec)
     except PackedFormatError:
         return
     assert list(dense.shape) == entry["shape"]
@@ -114,9 +112,7 @@ def test_missing_and_unknown_fields_are_refused():
 @pytest.mark.parametrize("density", [0.3, 0.1, 0.05, 0.02, 0.01])
 def test_mask_is_within_three_percent_of_entropy(density):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.rand(1000, 1000, generator=generator) * (
-        torch.rand(1000, 1000, generator=generator) < density
-    )
+    weight = torch.rand(1000, 1000, generator=generator) * (torch.rand(1000, 1000, generator=generator) < density)
     packed, spec = pack(weight.half())
     assert 8 * (packed.numel() - spec.value_bytes) <= 1.03 * spec.entropy_bits
     assert packed.numel() <= 1.02 * (spec.entropy_bits / 8 + spec.value_bytes)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from models import ARCHITECTURES, build
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -11,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.methods.base import cubic_ramp, global_top_k
 from hf_approx.methods.sparsification import SigmoidMask
-from models import ARCHITECTURES, build
 
 
 def small_net():
@@ -191,9 +191,7 @@ def test_target_patterns_follow_peft():
         method.attach(build("bert"))
         return list(method.modules)
 
-    assert names(target_modules=["query"]) == [
-        f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)
-    ]
+    assert names(target_modules=["query"]) == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
     assert names(target_modules=r".*layer\.0\..*key") == ["bert.encoder.layer.0.attention.self.key"]
     assert len(names(exclude=["query", "key"])) == 8
 

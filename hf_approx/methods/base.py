@@ -19,9 +19,7 @@ class MethodConfig(ABC):
         default=None,
         metadata={"help": "Regular expression or list of name endings; default: layers in the blocks."},
     )
-    exclude: Patterns = field(
-        default=None, metadata={"help": "Modules to leave alone, in the same notation."}
-    )
+    exclude: Patterns = field(default=None, metadata={"help": "Modules to leave alone, in the same notation."})
 
     @abstractmethod
     def build(self) -> "Method":

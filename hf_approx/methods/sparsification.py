@@ -72,9 +72,7 @@ class SparsificationConfig(MethodConfig):
         default=None, metadata={"help": "Part of training with soft masks; the rest fine-tunes."}
     )
     mask_lr: float | None = field(default=None, metadata={"help": "Adam's learning rate for the scores."})
-    penalty: float = field(
-        default=1e-8, metadata={"help": "lambda, per unit of mask; without a target sparsity."}
-    )
+    penalty: float = field(default=1e-8, metadata={"help": "lambda, per unit of mask; without a target sparsity."})
 
     def __post_init__(self) -> None:
         where = "SparsificationConfig"
@@ -100,9 +98,7 @@ class SparsificationConfig(MethodConfig):
         if not math.isfinite(self.initial_score or 0.0):
             raise ValueError(f"{where}: initial_score must be finite, got {self.initial_score}.")
         if self.score_init not in ("constant", "magnitude"):
-            raise ValueError(
-                f"{where}: score_init must be 'constant' or 'magnitude', got {self.score_init!r}."
-            )
+            raise ValueError(f"{where}: score_init must be 'constant' or 'magnitude', got {self.score_init!r}.")
         if self.score_init == "magnitude" and (self.scale_mask or (self.initial_score or 0.0) <= 0):
             raise ValueError(
                 f"{where}: score_init='magnitude' needs initial_score > 0 and scale_mask=False, since 1/sigmoid(s0) "
@@ -126,9 +122,7 @@ class SigmoidMask(nn.Module):
         super().__init__()
         self.scores = nn.Parameter(scores)
         self.scale = scale
-        self.register_buffer(
-            "temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device)
-        )
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
 
     def mask(self) -> Tensor:
         """The soft mask, scaled."""

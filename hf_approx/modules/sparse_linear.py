@@ -1,6 +1,7 @@
-"""A linear layer that keeps its weight packed and multiplies by its CSR form."""
+"""A linear layer that multiplies by the CSR form of its packed weight."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +14,23 @@ MAX_DENSITY = 0.3
 
 def to_csr(positions: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     """The (rows, columns) matrix with `values` at the flattened `positions`, in sparse CSR layout."""
-    rows = torch.div(positions, shape[1], rounding_mode="floor")
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int64)
-    starts[1:] = torch.bincount(rows, minlength=shape[0]).cumsum(0)
+    # MKL computes with 32-bit indices and would convert wider ones at every product.
+    index = torch.int32 if values.numel() < 2**31 else torch.int64
+    starts = torch.zeros(shape[0] + 1, dtype=index)
+    starts[1:] = torch.bincount(positions // shape[1], minlength=shape[0]).cumsum(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, positions % shape[1], values, shape)
+        return torch.sparse_csr_tensor(starts, (positions % shape[1]).to(index), values, shape, check_invariants=True)
 
 
 class SparseLinear(nn.Module):
-    """Inference-only `y = x W^T + b` with a packed W.
+    """Inference-only `y = x W^T + b` with a sparse W.
+
+    `weight` is the CSR matrix of shape (out, in), whatever layout the original layer stored. The state dict
+    holds the packed bytes in its place, so saving writes what was read.
 
     Args:
-        packed: The packed weight, one row of bytes. Kept as `weight`, so saving writes it as it was read.
+        packed: The packed weight, one row of bytes.
         spec: How to read it; its shape is (out, in), or (in, out) if `transposed`.
         bias: Shape (out,), or None.
         dtype: Dtype of the product, float32 or float64.
@@ -34,6 +39,9 @@ class SparseLinear(nn.Module):
     Raises:
         PackedFormatError: The bytes are not what the spec says.
     """
+
+    weight: Tensor
+    packed: Tensor
 
     def __init__(
         self,
@@ -50,19 +58,22 @@ class SparseLinear(nn.Module):
             positions, order = ((positions % columns) * rows + positions // columns).sort()
             values, (rows, columns) = values[order], (columns, rows)
         self.out_features, self.in_features = rows, columns
-        self.weight = nn.Parameter(packed, requires_grad=False)
         self.bias = bias
-        self.matrix = to_csr(positions, values.to(dtype), (rows, columns))
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("weight", to_csr(positions, values.to(dtype), (rows, columns)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        flat = x.reshape(-1, self.in_features)
-        y = torch.sparse.mm(self.matrix, flat.T).T
+        y = torch.sparse.mm(self.weight, x.reshape(-1, self.in_features).T).T
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.packed
+
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        density = self.matrix.values().numel() / (self.in_features * self.out_features)
+        density = self.weight.values().numel() / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, density={density:.3f}"

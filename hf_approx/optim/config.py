@@ -28,9 +28,7 @@ def resolve_gamma_scope(variant: str, scope: str | None) -> str:
         raise ValueError(f"AvaGrad: gamma_scope must be 'global' or 'group', got {scope!r}.")
     if variant == "reference":
         if scope == "global":
-            raise ValueError(
-                "AvaGrad: variant='reference' has one gamma per group; use 'exact' for a global one."
-            )
+            raise ValueError("AvaGrad: variant='reference' has one gamma per group; use 'exact' for a global one.")
         return "group"
     return scope or "global"
 
@@ -51,9 +49,7 @@ class AvaGradConfig:
         default=0.1,
         metadata={"help": "Adaptability: small is Adam-like, large is SGD-like. Independent of lr."},
     )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Decay of weights that are neither norms nor biases."}
-    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Decay of weights that are neither norms nor biases."})
     decoupled_weight_decay: bool = field(
         default=True, metadata={"help": "Shrink weights directly (AvaGradW), not by L2."}
     )

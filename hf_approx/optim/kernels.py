@@ -43,9 +43,7 @@ class Batch:
 
     def decayed_gradients(self) -> list[Tensor]:
         """Gradients in the dtype of the moments, negated to maximize, with L2 if that is the decay."""
-        grads = [
-            p.grad.to(m.dtype) for p, m in zip(self.params, self.mean, strict=True) if p.grad is not None
-        ]
+        grads = [p.grad.to(m.dtype) for p, m in zip(self.params, self.mean, strict=True) if p.grad is not None]
         if self.group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         if self.group["weight_decay"] and not self.group["decoupled_weight_decay"]:

@@ -35,16 +35,12 @@ def pack(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     dense = weight.detach().to("cpu").reshape(-1)
     stored = dense.to(DTYPES[name])
     if bool((stored.isinf() & dense.isfinite()).any()):
-        raise ValueError(
-            f"A weight of size {float(dense.abs().max()):.3g} does not fit {name}; store bfloat16."
-        )
+        raise ValueError(f"A weight of size {float(dense.abs().max()):.3g} does not fit {name}; store bfloat16.")
     positions = stored.nonzero().reshape(-1)
     k, low, unary = rice.encode(positions.numpy(), stored.numel())
     values = stored[positions].view(torch.uint8).numpy()
     packed = np.concatenate([low, unary, values])
-    spec = TensorSpec(
-        tuple(weight.shape), name, len(positions), k, packed.nbytes, zlib.crc32(packed.tobytes())
-    )
+    spec = TensorSpec(tuple(weight.shape), name, len(positions), k, packed.nbytes, zlib.crc32(packed.tobytes()))
     return torch.from_numpy(packed), spec
 
 
@@ -55,9 +51,7 @@ def unpack_parts(packed: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         PackedFormatError: The bytes are not what the spec says.
     """
     if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise PackedFormatError(
-            f"expected a row of bytes, found {packed.dtype} of shape {list(packed.shape)}"
-        )
+        raise PackedFormatError(f"expected a row of bytes, found {packed.dtype} of shape {list(packed.shape)}")
     if packed.numel() != spec.nbytes:
         raise PackedFormatError(f"expected {spec.nbytes} bytes, found {packed.numel()}")
     data = packed.detach().to("cpu").contiguous().numpy()

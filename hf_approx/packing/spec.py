@@ -1,6 +1,7 @@
 """What a file says about one packed tensor, checked before any byte of it is used."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,6 +85,13 @@ class TensorSpec:
         p = self.nnz / self.numel
         return 0.0 if p in (0, 1) else -self.numel * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
 
+    def check_stored(self, name: str, dtype: str, shape: Sequence[int]) -> None:
+        """Compare with a safetensors header; raises `PackedFormatError` unless it is a row of `nbytes` bytes."""
+        if dtype != "U8" or list(shape) != [self.nbytes]:
+            raise PackedFormatError(
+                f"Packed weight '{name}' should be {self.nbytes} bytes, the file holds {dtype} {list(shape)}."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
         return {**asdict(self), "shape": list(self.shape)}
@@ -97,18 +105,14 @@ class TensorSpec:
         """
         fields = ("shape", "dtype", "nnz", "rice", "nbytes", "crc32")
         if not isinstance(data, dict) or set(data) != set(fields):
-            raise PackedFormatError(
-                f"Packed weight '{name}': its entry must have the fields {', '.join(fields)}."
-            )
+            raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(fields)}.")
 
         def whole(value: Any) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)
 
         shape = data["shape"]
         if not isinstance(shape, (list, tuple)) or not shape or not all(whole(d) and d > 0 for d in shape):
-            raise PackedFormatError(
-                f"Packed weight '{name}': shape {shape} is not a list of positive integers."
-            )
+            raise PackedFormatError(f"Packed weight '{name}': shape {shape} is not a list of positive integers.")
         numel = math.prod(shape)
         if numel > MAX_NUMEL:
             raise PackedFormatError(f"Packed weight '{name}': shape {shape} is larger than any weight.")
@@ -122,9 +126,7 @@ class TensorSpec:
         }
         for field, limit in limits.items():
             if not whole(data[field]) or not 0 <= data[field] <= limit:
-                raise PackedFormatError(
-                    f"Packed weight '{name}': {field} is {data[field]!r}, expected 0 to {limit}."
-                )
+                raise PackedFormatError(f"Packed weight '{name}': {field} is {data[field]!r}, expected 0 to {limit}.")
         spec = cls(tuple(shape), *(data[field] for field in fields[1:]))
         longest = ((numel >> spec.rice) + spec.nnz + 7) // 8
         if not 0 <= spec.unary_bytes <= longest:

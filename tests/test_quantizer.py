@@ -1,0 +1,309 @@
+"""Packed checkpoints through the real `save_pretrained` and `from_pretrained`."""
+
+import json
+
+import pytest
+import torch
+from helpers import python
+from models import ARCHITECTURES, batch, build
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_approx import ApproxConfig, PackedFormatError, attach_packing
+from hf_approx.modules import SparseLinear
+from hf_approx.targets import select_modules
+
+
+def sparsify(model, sparsity=0.9, extra=()):
+    """Zero random weights of the default targets and attach packing, without any method."""
+    names = [f"{name}.weight" for name in select_modules(model)] + list(extra)
+    with torch.no_grad():
+        for name in names:
+            param = model.get_parameter(name)
+            param.mul_(torch.rand_like(param.float()) >= sparsity)
+    return names
+
+
+def save(name, folder, store_dtype="float16", dtype=torch.float32, extra=(), **options):
+    model = build(name).to(dtype).eval()
+    attach_packing(model, sparsify(model, extra=extra), store_dtype)
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def logits(model, name="bert"):
+    with torch.no_grad():
+        return model.eval()(**batch(name)).logits
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def edit(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("store_dtype", ["float32", "float16", "bfloat16", None])
+def test_round_trip_in_every_dtype(tmp_path, dtype, store_dtype):
+    model = save("bert", tmp_path, store_dtype, dtype)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.dtype == dtype
+    expected = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+        assert not torch.signbit(tensor[tensor == 0]).any()
+
+
+@pytest.mark.parametrize("runtime", ["dense", "packed"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "t5"])
+def test_saving_a_loaded_model_gives_the_same_bytes(tmp_path, name, runtime):
+    model = save(name, tmp_path / "a")
+    loaded = type(model).from_pretrained(tmp_path / "a", quantization_config=ApproxConfig(runtime=runtime))
+    loaded.save_pretrained(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_sharded_files(tmp_path):
+    model = save("bert", tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(model), logits(loaded))
+
+
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
+    model = save("gpt2", tmp_path, extra=["transformer.wte.weight"])
+    stored = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in stored
+    assert stored["transformer.wte.weight"].dtype == torch.uint8
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert torch.equal(logits(model, "gpt2"), logits(loaded, "gpt2"))
+
+
+def test_device_map_auto(tmp_path):
+    model = save("llama", tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(logits(model, "llama"), logits(loaded.to("cpu"), "llama"))
+
+
+def test_disk_offload_is_refused(tmp_path):
+    save("llama", tmp_path / "m")
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu"}
+    device_map |= {"lm_head": "cpu", "model.rotary_emb": "cpu"}
+    with pytest.raises(ValueError, match="offload"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "m", device_map=device_map, offload_folder=tmp_path / "offload"
+        )
+
+
+def test_base_model_loads_from_a_model_with_a_head(tmp_path):
+    model = save("bert", tmp_path / "a")
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    assert torch.equal(base.encoder.layer[0].output.dense.weight, model.bert.encoder.layer[0].output.dense.weight)
+    base.save_pretrained(tmp_path / "b")
+    again = AutoModel.from_pretrained(tmp_path / "b")
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_runtime_computes_the_same(tmp_path, name):
+    model = save(name, tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=ApproxConfig(runtime="packed"))
+    sparse = [m for m in loaded.modules() if isinstance(m, SparseLinear)]
+    assert bool(sparse) == (name != "resnet")
+    torch.testing.assert_close(logits(loaded, name), logits(model, name), rtol=1e-4, atol=1e-5)
+
+
+def test_packed_runtime_decodes_layers_too_dense_for_csr(tmp_path):
+    model = build("bert").eval()
+    attach_packing(model, sparsify(model, sparsity=0.5))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=ApproxConfig(runtime="packed")
+    )
+    assert not any(isinstance(m, SparseLinear) for m in loaded.modules())
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_process_without_hf_approx_fails_instead_of_loading_noise(tmp_path):
+    save("bert", tmp_path)
+    code = "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1]); print('loaded')"
+    result = python(code, tmp_path, check=False)
+    assert result.returncode != 0
+    assert "loaded" not in result.stdout
+    assert "size" in result.stderr
+    assert "loaded" in python("import hf_approx;" + code, tmp_path).stdout
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_training_a_loaded_model_keeps_its_zeros(tmp_path, optimizer):
+    save("bert", tmp_path / "a")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").train()
+    options = {"weight_decay": 0.1} | ({"momentum": 0.9} if optimizer is torch.optim.SGD else {})
+    stepper = optimizer(model.parameters(), lr=0.01, **options)
+    weight = model.bert.encoder.layer[0].output.dense.weight
+    before = weight.detach().clone()
+    for _ in range(3):
+        model(**batch("bert"), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    assert torch.equal(weight == 0, before == 0)
+    assert not torch.equal(weight, before)
+    model.save_pretrained(tmp_path / "b")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+    restored = again.bert.encoder.layer[0].output.dense.weight
+    assert torch.equal(restored, weight.detach().half().float())
+
+
+def test_dequantize_gives_a_plain_checkpoint(tmp_path):
+    model = save("bert", tmp_path / "a")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "b")
+    assert "quantization_config" not in json.loads((tmp_path / "b" / "config.json").read_text())
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_attach_packing_refuses_and_changes_nothing():
+    model = build("bert")
+    model.classifier.bias.data[0] = 1e9
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="does not fit"):
+        attach_packing(model, sparsify(model, sparsity=0.0))
+    with pytest.raises(ValueError, match="no parameter 'nowhere'"):
+        attach_packing(model, ["nowhere"])
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_dense_weights_are_not_packed(tmp_path):
+    model = build("bert")
+    assert attach_packing(model, sparsify(model, sparsity=0.0)) == {}
+    model.save_pretrained(tmp_path)
+    assert python(
+        "import sys, transformers; transformers.AutoModel.from_pretrained(sys.argv[1]); print('loaded')",
+        tmp_path,
+    ).stdout.endswith("loaded\n")
+
+
+KEY = "bert.encoder.layer.0.output.dense.weight"
+
+
+def tamper(folder, change):
+    """Rewrite the weight file with one packed tensor changed."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors[KEY] = change(tensors[KEY])
+    if tensors[KEY] is None:
+        del tensors[KEY]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def flip(packed):
+    packed[len(packed) // 2] ^= 4
+    return packed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip, "is damaged: the bytes do not match their checksum"),
+        (lambda t: t[:-1], "should be .* the file holds U8"),
+        (lambda t: torch.cat([t, t]), "should be .* the file holds U8"),
+        (lambda t: t.float(), "should be .* the file holds F32"),
+        (lambda t: t[None], r"should be .* the file holds U8 \[1, "),
+        (lambda t: None, "is in config.json but in no weight file"),
+    ],
+    ids=["flipped", "shorter", "longer", "float", "two-dimensional", "missing"],
+)
+@pytest.mark.parametrize("runtime", ["dense", "packed"])
+def test_damaged_bytes_are_named(tmp_path, change, message, runtime):
+    save("bert", tmp_path)
+    tamper(tmp_path, change)
+    with pytest.raises(PackedFormatError, match=f"'{KEY}' {message}"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=ApproxConfig(runtime=runtime))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(format_version=2), "format version 2"),
+        (lambda q: q.update(format_version="1; rm"), "format version"),
+        (lambda q: q["tensors"][KEY].update(nnz=10**9), "nnz is 1000000000"),
+        (lambda q: q["tensors"][KEY].update(shape=[2**31, 2**31]), "larger than any weight"),
+        (lambda q: q["tensors"][KEY].update(shape=[64, 32]), "the model has"),
+        (lambda q: q["tensors"][KEY].update(dtype="float8"), "dtype 'float8' is unknown"),
+        (lambda q: q["tensors"][KEY].pop("crc32"), "must have the fields"),
+        (lambda q: q["tensors"].update(ghost=q["tensors"].pop(KEY)), "'ghost' is in config.json but in no"),
+        (lambda q: q.update(tensors=[1]), "must map parameter names"),
+        (lambda q: q.update(store_dtype="int4"), "not 'int4'"),
+    ],
+)
+def test_hostile_config_is_refused(tmp_path, change, message):
+    save("bert", tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_packed_weight_the_architecture_lacks_is_refused(tmp_path):
+    save("bert", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["ghost.weight"] = tensors.pop(KEY)
+    save_file(tensors, path, metadata={"format": "pt"})
+    edit(tmp_path, lambda q: q["tensors"].update({"ghost.weight": q["tensors"].pop(KEY)}))
+    with pytest.raises(PackedFormatError, match=r"'ghost\.weight' does not exist in BertForSequence"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_base_model_leaves_out_a_packed_head(tmp_path):
+    model = save("bert", tmp_path / "a", extra=["classifier.weight"])
+    base = AutoModel.from_pretrained(tmp_path / "a")
+    base.save_pretrained(tmp_path / "b")
+    again = AutoModel.from_pretrained(tmp_path / "b")
+    expected = dict(model.bert.named_parameters())
+    assert all(torch.equal(p, expected[n]) for n, p in again.named_parameters() if "pooler" not in n)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_file_uses_the_names_in_the_config(tmp_path, name):
+    """Some architectures (ViT) are otherwise saved under the names of their first release."""
+    model = save(name, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert set(config["tensors"]) == {k for k, t in stored.items() if t.dtype == torch.uint8}
+    assert set(stored) <= set(model.state_dict())
+
+
+def test_truncated_file_is_refused(tmp_path):
+    save("bert", tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match=r"incomplete|truncated|not fully covered|InvalidHeader|invalid"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_compressing_while_loading_is_refused(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot compress a dense model while loading"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=ApproxConfig())
+
+
+def test_bad_runtime_is_refused():
+    with pytest.raises(ValueError, match="runtime must be"):
+        ApproxConfig(runtime="fast")
+
+
+def test_file_holds_nothing_but_safetensors_and_json(tmp_path):
+    save("bert", tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.get_slice(KEY).get_dtype() == "U8"
