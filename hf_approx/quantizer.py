@@ -51,7 +51,7 @@ class ApproxConfig(QuantizationConfigMixin):
         training: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         if format_version != FORMAT_VERSION:
             raise PackedFormatError(
                 f"This checkpoint has hf_approx format version {format_version!r}; this hf_approx reads version "
@@ -88,7 +88,13 @@ class ApproxConfig(QuantizationConfigMixin):
 
 
 # transformers keeps the classes whose loading attributes may be overridden in a tuple with no way to register.
-quantizer_registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ApproxConfig,)
+quantizer_registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ApproxConfig,)  # type: ignore[assignment]
+
+
+def keep_own_names(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` write parameters under the names they have, not those of the model's first release."""
+    # An empty list of conversions; without the attribute transformers looks them up.
+    model._weight_conversions = []  # type: ignore[assignment]
 
 
 def keep_zeros(param: nn.Parameter) -> None:
@@ -197,7 +203,8 @@ class ApproxQuantizer(HfQuantizer):
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
         packed = model.get_parameter(name).data
-        sparse = SparseLinear(packed, spec, module.bias, self._dtypes[name], isinstance(module, Conv1D))
+        bias = module._parameters["bias"]
+        sparse = SparseLinear(packed, spec, bias, self._dtypes[name], isinstance(module, Conv1D))
         model.set_submodule(path, sparse.train(module.training))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -219,8 +226,7 @@ class ApproxQuantizer(HfQuantizer):
             state[name], written = done[id(tensor)]
             if spec is not None and written is not None:
                 config.tensors[name] = written
-        # An empty list, unlike a missing one, keeps save_pretrained from renaming to the first release's names.
-        model._weight_conversions = []
+        keep_own_names(model)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -337,8 +343,12 @@ def attach_packing(
         keep_zeros(params[name])
 
     config = ApproxConfig(tensors=specs, store_dtype=store_dtype)
-    model.hf_quantizer = ApproxQuantizer(config, pre_quantized=True)
+    attributes: dict[str, Any] = {
+        "hf_quantizer": ApproxQuantizer(config, pre_quantized=True),
+        "is_quantized": True,
+        "quantization_method": QUANT_METHOD,
+    }
+    for name, value in attributes.items():
+        setattr(model, name, value)
     model.config.quantization_config = config
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
     return specs

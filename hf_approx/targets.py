@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 Patterns = str | Sequence[str] | None
@@ -37,7 +38,7 @@ def select_modules(
         ValueError: Nothing matches, a matched module has no weight of two or more dimensions, or its
             weight is tied to another module's.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     users: dict[int, int] = {}
     for module in model.modules():
         for param in module._parameters.values():

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.quantizer import ApproxConfig, attach_packing
+from hf_approx.quantizer import ApproxConfig, attach_packing, keep_own_names
 
 logger = logging.getLogger(__name__)
 
@@ -75,21 +75,29 @@ class ApproxTrainerMixin:
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
         trainer = cast(Trainer, self)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if self.methods and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             raise ValueError("ApproxTrainer: masks are not sharded yet; train without FSDP and DeepSpeed.")
-        if optimizer is not None:
-            # Trainer passes the arguments' weight decay with each group; AvaGrad's own wins where decay applies.
-            self._avagrad = optimizer
+        if self.methods and trainer.args.n_gpu > 1:
+            raise ValueError(
+                "ApproxTrainer: torch.nn.DataParallel cannot copy masks; start with `accelerate launch` to use "
+                f"all {trainer.args.n_gpu} GPUs, or show the process one of them through CUDA_VISIBLE_DEVICES."
+            )
+        self._avagrad = optimizer
         attached: list[Method] = []
         try:
             for method in self.methods:
-                method.attach(trainer.model)
+                method.attach(self._plain_model)
                 attached.append(method)
         except ValueError:
             for method in attached:
                 method.finalize()
             raise
         trainer.add_callback(_Schedule(self.methods))
+
+    @property
+    def _plain_model(self) -> nn.Module:
+        """The model without the wrappers of accelerate and torch.compile."""
+        return cast(nn.Module, cast(Trainer, self).model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
@@ -103,9 +111,14 @@ class ApproxTrainerMixin:
         optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
         for param in own:
             param.requires_grad_(True)
-        if isinstance(optimizer, AvaGrad):
+        if self._avagrad is not None:
+            # Trainer gives each group the decay of its arguments, AvaGrad's config has its own.
+            named = dict((model or self._plain_model).named_parameters(remove_duplicate=False))
+            names = trainer.get_decay_parameter_names(model or self._plain_model)
+            decayed = {id(named[name]) for name in names}
             for group in optimizer.param_groups:
-                group["weight_decay"] = self._avagrad.weight_decay if group["weight_decay"] else 0.0
+                decays = any(id(param) in decayed for param in group["params"])
+                group["weight_decay"] = self._avagrad.weight_decay if decays else 0.0
         if groups:
             optimizer = CompositeOptimizer(optimizer, torch.optim.Adam(groups))
         trainer.optimizer = optimizer
@@ -126,9 +139,10 @@ class ApproxTrainerMixin:
         loss, outputs = result if return_outputs else (result, None)
         penalties = [p for p in (method.penalty() for method in self.methods) if p is not None]
         # Trainer divides a loss by the accumulation steps unless it was already normalised over all of them.
-        scaled = (trainer.model_accepts_loss_kwargs and num_items_in_batch is not None) or (
-            trainer.compute_loss_func is not None
-        )
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or trainer.compute_loss_func is not None
         steps = trainer.current_gradient_accumulation_steps if scaled else 1
         for penalty in penalties:
             loss = loss + penalty.to(loss.device) / steps
@@ -153,7 +167,7 @@ class ApproxTrainerMixin:
     def finalize(self) -> dict[str, Any]:
         """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done."""
         trainer = cast(Trainer, self)
-        model = trainer.model
+        model = self._plain_model
         if not all(method.is_final for method in self.methods):
             logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
             for method in self.methods:
@@ -192,9 +206,9 @@ class ApproxTrainerMixin:
         return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        trainer = cast(Trainer, self)
+        trainer, model = cast(Trainer, self), self._plain_model
         folder = output_dir or trainer.args.output_dir or "."
-        if self._finalized or not isinstance(trainer.model, PreTrainedModel):
+        if self._finalized or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             if self.approx_report and trainer.args.should_save:
                 with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
@@ -202,13 +216,14 @@ class ApproxTrainerMixin:
             return
         # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
         # shape, in processes without hf_approx too, instead of starting from random weights.
-        state = trainer.model.state_dict() if state_dict is None else state_dict
+        state = model.state_dict() if state_dict is None else state_dict
         state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
-        trainer.model.config.quantization_config = ApproxConfig(training=True)
+        model.config.quantization_config = ApproxConfig(training=True)
+        keep_own_names(model)
         try:
             super()._save(output_dir, state)  # type: ignore[misc]
         finally:
-            del trainer.model.config.quantization_config
+            del model.config.quantization_config
 
     def _plain_names(self) -> list[str]:
         return [f"{name}.weight" for method in self.methods for name in method.modules]
@@ -217,7 +232,7 @@ class ApproxTrainerMixin:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""
         if not self._finalized:
             unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
-            missing = set(load_result.missing_keys) - set(cast(Trainer, self).model._tied_weights_keys or ())
+            missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
             if missing or unexpected:
                 name = sorted(missing or unexpected)[0]
                 raise ValueError(
@@ -227,30 +242,47 @@ class ApproxTrainerMixin:
             return
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._check_methods(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_methods(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of other methods or target modules before anything is loaded from it."""
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            if self._finalized:
+                return
+            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
+        here = [{"name": m.name, "modules": list(m.modules)} for m in self.methods]
+        there = [{"name": s["name"], "modules": s["modules"]} for s in _read_json(path)]
+        if here != there:
+            raise ValueError(
+                f"Cannot resume: the checkpoint was made with {_summary(there)}, this run has {_summary(here)}."
+            )
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         trainer = cast(Trainer, self)
         if self.methods and trainer.args.should_save:
-            states = [{"name": m.name, "state": m.state_dict()} for m in self.methods]
+            states = [{"name": m.name, "modules": list(m.modules), "state": m.state_dict()} for m in self.methods]
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(states, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is None or not self.methods:
-            return
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path):
-            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
-        with open(path, encoding="utf-8") as file:
-            states = json.load(file)
-        if [s["name"] for s in states] != [m.name for m in self.methods]:
-            raise ValueError(
-                f"Cannot resume: the checkpoint was made with {[s['name'] for s in states]}, "
-                f"this run has {[m.name for m in self.methods]}."
-            )
-        for method, saved in zip(self.methods, states, strict=True):
-            method.load_state_dict(saved["state"])
+        if checkpoint is not None and not self._finalized:
+            saved = _read_json(os.path.join(checkpoint, STATE_FILE))
+            for method, entry in zip(self.methods, saved, strict=True):
+                method.load_state_dict(entry["state"])
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _summary(methods: list[dict[str, Any]]) -> str:
+    return " and ".join(f"{m['name']} on {len(m['modules'])} modules" for m in methods) or "no methods"
 
 
 class ApproxTrainer(ApproxTrainerMixin, Trainer):

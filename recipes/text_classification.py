@@ -10,6 +10,17 @@ from typing import Any
 
 import evaluate
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    TrainingArguments,
+    set_seed,
+)
+
 from common import (
     ConfigError,
     RecipeConfig,
@@ -22,17 +33,6 @@ from common import (
     weight_bytes,
     write_json,
 )
-from rich.console import Console
-from rich.table import Table
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    TrainingArguments,
-    set_seed,
-)
-
 from hf_approx import ApproxTrainer
 
 

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from models import build, dataset
 from transformers import TrainingArguments
 
 from hf_approx import ApproxTrainer
+from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,11 +28,12 @@ def arguments(folder, **options):
     return TrainingArguments(str(folder), **{**defaults, **options})
 
 
-def make_trainer(name, folder, approx=(), model=None, optimizer=None, size=32, **options):
+def make_trainer(name, folder, approx=(), model=None, optimizer=None, size=32, eval_dataset=None, **options):
     return ApproxTrainer(
         model=model or build(name),
         args=arguments(folder, **options),
         train_dataset=dataset(name, size),
+        eval_dataset=eval_dataset,
         approx=approx,
         optimizer=optimizer,
     )

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from helpers import make_trainer, python
-from models import ARCHITECTURES, batch
 
+from helpers import make_trainer, python
 from hf_approx import AvaGradConfig, MagnitudePruningConfig, SparsificationConfig
+from models import ARCHITECTURES, batch
 
 METHODS = {
     "sparsification": SparsificationConfig(target_sparsity=0.8),

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import python
-from models import ARCHITECTURES, batch, build
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from helpers import python
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing
 from hf_approx.modules import SparseLinear
 from hf_approx.targets import select_modules
+from models import ARCHITECTURES, batch, build
 
 
 def sparsify(model, sparsity=0.9, extra=()):

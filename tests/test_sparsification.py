@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from models import ARCHITECTURES, build
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.methods.base import cubic_ramp, global_top_k
 from hf_approx.methods.sparsification import SigmoidMask
+from models import ARCHITECTURES, build
 
 
 def small_net():

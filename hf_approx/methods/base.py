@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class Method(ABC):
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
+        self.parametrizations: dict[str, nn.Module] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Parametrize the target weights. The model is unchanged if this raises."""
@@ -45,9 +46,11 @@ class Method(ABC):
         taken = [name for name, module in selected.items() if parametrize.is_parametrized(module, "weight")]
         if taken:
             raise ValueError(f"'{taken[0]}' is already parametrized by another method.")
-        parametrizations = {name: self.parametrization(module.weight) for name, module in selected.items()}
+        self.parametrizations = {
+            name: self.parametrization(module.get_parameter("weight")) for name, module in selected.items()
+        }
         for name, module in selected.items():
-            parametrize.register_parametrization(module, "weight", parametrizations[name])
+            parametrize.register_parametrization(module, "weight", self.parametrizations[name])
         self.modules = selected
 
     @property
@@ -90,10 +93,10 @@ class Method(ABC):
             self.settle()
         for module in self.modules.values():
             with torch.no_grad():
-                weight = module.weight.detach().clone()
+                weight = effective_weight(module).clone()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             # A pruned weight is +0.0, never -0.0, so that packing loses no bit.
-            module.weight.data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
+            module.get_parameter("weight").data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
         return [f"{name}.weight" for name in self.modules]
 
     def report(self) -> dict[str, Any]:
@@ -106,6 +109,16 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight the layer computes with, parametrizations applied."""
+    return cast(Tensor, module.weight).detach()
+
+
+def trained_weight(module: nn.Module) -> Tensor:
+    """The weight the optimizer trains, before any parametrization."""
+    return module.get_parameter("parametrizations.weight.original").detach()
 
 
 def global_top_k(tensors: list[Tensor], keep: int) -> list[Tensor]:

@@ -1,12 +1,12 @@
 """Gradual magnitude pruning (Zhu and Gupta, "To prune, or not to prune", 2017): the baseline to beat."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
+from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k, trained_weight
 
 
 @dataclass
@@ -70,6 +70,10 @@ class MagnitudePruning(Method):
         """The config that built this object."""
         return self._config
 
+    @property
+    def _masks(self) -> list[Tensor]:
+        return [cast(BinaryMask, p).mask for p in self.parametrizations.values()]
+
     def parametrization(self, weight: Tensor) -> BinaryMask:
         """A mask of ones."""
         return BinaryMask(weight)
@@ -92,15 +96,15 @@ class MagnitudePruning(Method):
 
     @torch.no_grad()
     def _prune(self, sparsity: float) -> None:
-        sizes = [p.parametrizations.weight.original.abs() for p in self.modules.values()]
+        sizes = [trained_weight(module).abs() for module in self.modules.values()]
         layers = [sizes] if self._config.scope == "global" else [[size] for size in sizes]
         masks = [
             mask
             for group in layers
             for mask in global_top_k(group, round((1 - sparsity) * sum(t.numel() for t in group)))
         ]
-        for module, mask in zip(self.modules.values(), masks, strict=True):
-            module.parametrizations.weight[0].mask.copy_(mask)
+        for buffer, mask in zip(self._masks, masks, strict=True):
+            buffer.copy_(mask)
 
     @property
     def is_final(self) -> bool:
@@ -109,9 +113,8 @@ class MagnitudePruning(Method):
 
     def metrics(self) -> dict[str, float]:
         """Sparsity over the chosen modules."""
-        masks = [module.parametrizations.weight[0].mask for module in self.modules.values()]
-        kept = sum(int(mask.sum()) for mask in masks)
-        return {"sparsity": 1 - kept / sum(mask.numel() for mask in masks)}
+        kept = sum(int(mask.sum()) for mask in self._masks)
+        return {"sparsity": 1 - kept / sum(mask.numel() for mask in self._masks)}
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's position; the masks are in the model."""

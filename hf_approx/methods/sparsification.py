@@ -6,7 +6,7 @@ so the mask goes from soft to the hard mask 1[s > 0] without ever sampling.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,7 @@ class ContinuousSparsification(Method):
         self._config = config
         self._settled = False
         self._learned_sparsity: float | None = None
+        self._force = 0.0
 
     @property
     def config(self) -> SparsificationConfig:
@@ -152,7 +153,7 @@ class ContinuousSparsification(Method):
     @property
     def masks(self) -> list[SigmoidMask]:
         """The mask of every target, in the model's order."""
-        return [module.parametrizations.weight[0] for module in self.modules.values()]
+        return [cast(SigmoidMask, p) for p in self.parametrizations.values()]
 
     def parametrization(self, weight: Tensor) -> SigmoidMask:
         """A mask whose scores start as the config says."""
@@ -198,6 +199,7 @@ class ContinuousSparsification(Method):
         threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
         for s in scores:
             s.sub_(threshold)
+        self._force = float(threshold)
 
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
@@ -226,6 +228,7 @@ class ContinuousSparsification(Method):
             kept = global_top_k([mask.scores for mask in masks], round((1 - target) * self._numel))
         for mask, keep in zip(masks, kept, strict=True):
             mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
+        self._force = 0.0
         self._settled = True
 
     @property
@@ -234,12 +237,18 @@ class ContinuousSparsification(Method):
         return self._settled
 
     def metrics(self) -> dict[str, float]:
-        """Sparsity of the hard mask, mean soft mask, and temperature."""
+        """Sparsity of the hard and the soft mask, temperature, and penalty.
+
+        The penalty is the term in the loss or, with a target, what was taken off every score in the last step.
+        """
         kept = sum(int((mask.scores > 0).sum()) for mask in self.masks)
+        with torch.no_grad():
+            penalty = self.penalty()
         return {
             "sparsity": 1 - kept / self._numel,
             "soft_sparsity": self._soft_sparsity(),
             "temperature": float(self.masks[0].temperature),
+            "penalty": self._force if penalty is None else float(penalty),
         }
 
     def report(self) -> dict[str, Any]:

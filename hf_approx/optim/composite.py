@@ -26,8 +26,8 @@ class CompositeOptimizer(Optimizer):
         super().__init__(params, {})
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
-    @property
-    def state(self) -> dict[torch.Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[torch.Tensor, Any]:
         """State of every parameter, by parameter."""
         return {p: s for optimizer in self.optimizers for p, s in optimizer.state.items()}
 

@@ -55,7 +55,7 @@ def unpack_parts(packed: Tensor, spec: TensorSpec) -> tuple[Tensor, Tensor]:
     if packed.numel() != spec.nbytes:
         raise PackedFormatError(f"expected {spec.nbytes} bytes, found {packed.numel()}")
     data = packed.detach().to("cpu").contiguous().numpy()
-    if zlib.crc32(data) != spec.crc32:
+    if zlib.crc32(data.data) != spec.crc32:
         raise PackedFormatError("the bytes do not match their checksum")
     low, unary, values = np.split(data, np.cumsum([spec.remainder_bytes, spec.unary_bytes]))
     positions = rice.decode(spec.rice, low, unary, spec.nnz, spec.numel)
