@@ -90,6 +90,8 @@ class Recipe:
             optimizer=config.avagrad(),
             store_dtype=config.store_dtype,
         )
+        # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
+        trainer.model_accepts_loss_kwargs = False
         trainer.train(resume_from_checkpoint=resume or None)
         measured = trainer.evaluate()
         trainer.save_model(str(folder))

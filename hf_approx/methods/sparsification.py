@@ -159,7 +159,7 @@ class ContinuousSparsification(Method):
         """A mask whose scores start as the config says."""
         config = self._config
         s0 = float(config.initial_score or 0.0)
-        size = weight.detach().abs().float()
+        size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
         if config.score_init == "magnitude":
             scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         else:

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from hf_approx.optim import kernels
 from hf_approx.optim.config import GammaScope, Variant, check_hyperparameters, resolve_gamma_scope
-from hf_approx.optim.kernels import Batch
+from hf_approx.optim.kernels import Batch, pieces, squared_norm
 
 
 class AvaGrad(Optimizer):
@@ -105,7 +104,8 @@ class AvaGrad(Optimizer):
 
     def _gather(self, group: dict[str, Any]) -> list[Batch]:
         """The group's parameters that have a gradient, in batches one multi-tensor call can take."""
-        batches: dict[tuple[Any, ...], Batch] = {}
+        done: list[Batch] = []
+        open_batches: dict[tuple[Any, ...], Batch] = {}
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
@@ -121,51 +121,55 @@ class AvaGrad(Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
             state["step"] += 1
-            # Several ordinary tensors share a batch; anything else (a DTensor, say) is a batch of its own mesh.
+            # Ordinary tensors share batches; anything else (a DTensor, say) has batches of its own mesh.
             kind = (type(param.data), getattr(param, "device_mesh", None), param.device, param.dtype)
             key: tuple[Any, ...] = (*kind, state["step"]) if self.foreach else (index,)
-            batch = batches.setdefault(key, Batch(group, state["step"]))
-            batch.append(param, state["exp_avg"], state["exp_avg_sq"])
-        return list(batches.values())
+            whole = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+            for piece in pieces(whole) if self.foreach else [whole]:
+                batch = open_batches.setdefault(key, Batch(group, state["step"]))
+                batch.append(*piece)
+                if batch.is_full:
+                    done.append(open_batches.pop(key))
+        return [*done, *open_batches.values()]
 
     def _step_same_gamma(self, batches: list[Batch]) -> None:
         """`exact` and `paper`: gamma normalises the rates of this very step."""
         corrected = self.variant == "exact"
         moving = [batch for batch in batches if batch.step > 1 or not corrected]
-        for batch in moving:
-            batch.compute_rates(batch.step - 1 if corrected else None)
-        gammas = self._gammas(moving)
+        gammas = self._gammas(moving, offset=-1 if corrected else None)
         for batch in batches:
             grads = batch.decayed_gradients()
             batch.update_mean(grads)
-            if batch.rates is not None:
+            if batch.step > 1 or not corrected:
+                # Computed again rather than kept: cheaper than a copy of the model in memory.
+                rates = batch.rates(batch.step - 1 if corrected else None)
                 correction = 1 - batch.group["betas"][0] ** batch.step if corrected else 1.0
-                batch.move(gammas[self._scope_key(batch)], correction)
+                batch.move(rates, gammas[self._scope_key(batch)], correction)
             batch.update_square(grads)
 
     def _step_reference(self, batches: list[Batch]) -> None:
         """The authors' code: gamma was left by the previous call, from a second moment one step older."""
+        gammas = self._gammas(batches, offset=0)
         for batch in batches:
             grads = batch.decayed_gradients()
             batch.update_mean(grads)
             if batch.step > 1:
-                batch.compute_rates(batch.step - 1)
-                batch.move(batch.group["gamma"], 1 - batch.group["betas"][0] ** batch.step)
-            batch.compute_rates(batch.step)
+                correction = 1 - batch.group["betas"][0] ** batch.step
+                batch.move(batch.rates(batch.step - 1), batch.group["gamma"], correction)
             batch.update_square(grads)
-        for key, gamma in self._gammas(batches).items():
-            next(b.group for b in batches if id(b.group) == key)["gamma"] = float(gamma)
+        for batch in batches:
+            batch.group["gamma"] = float(gammas[self._scope_key(batch)])
 
     def _scope_key(self, batch: Batch) -> int:
         return id(batch.group) if self.gamma_scope == "group" else 0
 
-    def _gammas(self, batches: list[Batch]) -> dict[int, torch.Tensor]:
-        """sqrt(d) / ||eta|| for each scope, accumulated in float64."""
+    def _gammas(self, batches: list[Batch], offset: int | None) -> dict[int, torch.Tensor]:
+        """sqrt(d) / ||eta|| for each scope, summed in float64; rates are corrected for step + offset."""
         square: dict[int, torch.Tensor] = {}
         count: dict[int, int] = {}
         for batch in batches:
             key = self._scope_key(batch)
-            total = kernels.squared_norm(batch.rates)
+            total = squared_norm(batch.rates(None if offset is None else batch.step + offset))
             square[key] = total if key not in square else square[key] + total.to(square[key].device)
             count[key] = count.get(key, 0) + batch.numel
         return {key: (count[key] / square[key]).sqrt() for key in square}

@@ -4,6 +4,7 @@ Each operation is one `torch._foreach_*` call. A batch of a single tensor is the
 implementation: the same formulas in the same order.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,39 +12,57 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+CPU_ELEMENTS = 1 << 18
+"""Elements of a batch on a CPU: its tensors stay in the cache from the first operation to the last."""
 
-def squared_norm(tensors: list[Tensor] | None) -> Tensor:
+ACCELERATOR_ELEMENTS = 1 << 27
+"""Elements of a batch elsewhere: enough to fill the device, few enough to bound the temporary memory."""
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of squares over all tensors as a float64 scalar, reduced over the mesh of sharded ones."""
-    norms = torch._foreach_norm(tensors or [], 2.0, torch.float64)
+    norms = torch._foreach_norm(tensors, 2.0)
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.stack(whole).square().sum()
+    return torch.stack(whole).double().square().sum()
+
+
+def pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Equal parts of tensors of one shape, small enough for a CPU batch; the tensors themselves elsewhere."""
+    splits = tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_ELEMENTS
+    if splits and all(type(t) is not DTensor and t.is_contiguous() for t in tensors):
+        yield from zip(*(t.view(-1).split(CPU_ELEMENTS) for t in tensors), strict=True)
+    else:
+        yield tensors
 
 
 @dataclass
 class Batch:
-    """Parameters of one group at one step count, with their moments and, once computed, their rates."""
+    """Parameters of one group at one step count, with their gradients and moments."""
 
     group: dict[str, Any]
     step: int
     params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
     mean: list[Tensor] = field(default_factory=list)
     square: list[Tensor] = field(default_factory=list)
-    rates: list[Tensor] | None = None
+    numel: int = 0
 
-    @property
-    def numel(self) -> int:
-        """Number of weights, over all shards."""
-        return sum(param.numel() for param in self.params)
-
-    def append(self, param: Tensor, mean: Tensor, square: Tensor) -> None:
-        """Add one parameter and its two moments."""
+    def append(self, param: Tensor, grad: Tensor, mean: Tensor, square: Tensor) -> None:
+        """Add one parameter, or a part of it; `numel` counts weights over all shards."""
         self.params.append(param)
+        self.grads.append(grad)
         self.mean.append(mean)
         self.square.append(square)
+        self.numel += param.numel()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next tensor should start a new batch."""
+        return self.numel >= (CPU_ELEMENTS if self.params[0].device.type == "cpu" else ACCELERATOR_ELEMENTS)
 
     def decayed_gradients(self) -> list[Tensor]:
         """Gradients in the dtype of the moments, negated to maximize, with L2 if that is the decay."""
-        grads = [p.grad.to(m.dtype) for p, m in zip(self.params, self.mean, strict=True) if p.grad is not None]
+        grads = [g.to(m.dtype) for g, m in zip(self.grads, self.mean, strict=True)]
         if self.group["maximize"]:
             grads = list(torch._foreach_neg(grads))
         if self.group["weight_decay"] and not self.group["decoupled_weight_decay"]:
@@ -51,20 +70,18 @@ class Batch:
             grads = list(torch._foreach_add(grads, weights, alpha=self.group["weight_decay"]))
         return grads
 
-    def compute_rates(self, correction_step: int | None) -> None:
+    def rates(self, correction_step: int | None) -> list[Tensor]:
         """eta = 1 / (sqrt(v / (1 - beta2^t)) + eps); no correction if `correction_step` is None."""
-        root = torch._foreach_sqrt(self.square)
+        root = list(torch._foreach_sqrt(self.square))
         if correction_step is not None:
             torch._foreach_div_(root, (1 - self.group["betas"][1] ** correction_step) ** 0.5)
         torch._foreach_add_(root, self.group["eps"])
         torch._foreach_reciprocal_(root)
-        self.rates = list(root)
+        return root
 
     def update_mean(self, grads: list[Tensor]) -> None:
         """m <- beta1 m + (1 - beta1) g."""
-        beta = self.group["betas"][0]
-        torch._foreach_mul_(self.mean, beta)
-        torch._foreach_add_(self.mean, grads, alpha=1 - beta)
+        torch._foreach_lerp_(self.mean, grads, 1 - self.group["betas"][0])
 
     def update_square(self, grads: list[Tensor]) -> None:
         """v <- beta2 v + (1 - beta2) g^2."""
@@ -72,20 +89,19 @@ class Batch:
         torch._foreach_mul_(self.square, beta)
         torch._foreach_addcmul_(self.square, grads, grads, 1 - beta)
 
-    def move(self, gamma: Tensor | float, mean_correction: float) -> None:
-        """w <- (1 - lr wd) w - lr / correction * gamma * eta * m. Uses up the rates."""
-        assert self.rates is not None
+    def move(self, rates: list[Tensor], gamma: Tensor | float, mean_correction: float) -> None:
+        """w <- (1 - lr wd) w - lr / correction * gamma * eta * m. Overwrites the rates."""
         lr = self.group["lr"]
         if self.group["weight_decay"] and self.group["decoupled_weight_decay"]:
             torch._foreach_mul_(self.params, 1 - lr * self.group["weight_decay"])
-        update, self.rates = self.rates, None
-        torch._foreach_mul_(update, self.mean)
-        # Kept a tensor on the parameters' device, gamma costs an accelerator no synchronisation.
-        scale = gamma * (-lr / mean_correction)
-        if isinstance(scale, Tensor):
-            scale = scale.to(device=self.params[0].device, dtype=update[0].dtype)
-        for tensor in update:
-            tensor.mul_(scale)
-        if update[0].dtype != self.params[0].dtype:
-            update = [u.to(p.dtype) for u, p in zip(update, self.params, strict=True)]
-        torch._foreach_add_(self.params, update)
+        if isinstance(gamma, Tensor):
+            # Kept a tensor on the parameters' device, gamma costs an accelerator no synchronisation.
+            gamma = gamma.to(device=rates[0].device, dtype=rates[0].dtype)
+        for rate in rates:
+            rate.mul_(gamma)
+        if rates[0].dtype == self.params[0].dtype:
+            torch._foreach_addcmul_(self.params, rates, self.mean, -lr / mean_correction)
+        else:
+            torch._foreach_mul_(rates, self.mean)
+            update = [rate.to(p.dtype) for rate, p in zip(rates, self.params, strict=True)]
+            torch._foreach_add_(self.params, update, alpha=-lr / mean_correction)

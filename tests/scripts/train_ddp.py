@@ -1,0 +1,39 @@
+"""Train a tiny BERT on the global batch, whatever the number of processes; write what each process ended with."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from helpers import make_trainer
+from hf_approx import AvaGradConfig, SparsificationConfig
+from models import build
+
+folder = Path(sys.argv[1])
+model = build("bert").double()  # sums in another order must not swap weights of equal score
+for module in model.modules():
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+processes = int(sys.argv[2])
+trainer = make_trainer(
+    "bert",
+    folder / "run",
+    approx=SparsificationConfig(target_sparsity=0.8),
+    optimizer=AvaGradConfig(lr=0.01, weight_decay=0.01),
+    model=model,
+    per_device_train_batch_size=8 // processes,
+    save_strategy="steps",
+    save_steps=4,
+    average_tokens_across_devices=False,  # BERT's loss is a mean over the batch whatever it is told
+    train_sampling_strategy="sequential",
+)
+assert trainer.args.world_size == processes, trainer.args.world_size
+trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4") if "resume" in sys.argv else None)
+trainer.save_model(str(folder / "model"))
+rank = trainer.args.process_index
+torch.save(trainer.model.state_dict(), folder / f"rank{rank}.pt")
+(folder / f"rank{rank}.json").write_text(json.dumps(trainer.approx_report))

@@ -1,0 +1,167 @@
+"""The command line as a user runs it: real processes, exit codes, no tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+
+from helpers import ROOT
+from hf_approx import attach_packing
+from hf_approx.cli import main
+from hf_approx.targets import select_modules
+from models import batch, build
+
+
+def cli(*args):
+    return subprocess.run(
+        [sys.executable, "-c", "from hf_approx.cli import main; main()", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+def zeroed(sparsity=0.9):
+    model = build("bert").eval()
+    names = [f"{name}.weight" for name in select_modules(model)]
+    with torch.no_grad():
+        for name in names:
+            param = model.get_parameter(name)
+            param.mul_(torch.rand_like(param) >= sparsity)
+    return model, names
+
+
+def logits(folder):
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**batch("bert")).logits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A dense checkpoint with zeros in it, as another tool's pruning would leave it, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("trained")
+    model, _ = zeroed()
+    model.save_pretrained(folder)
+    vocabulary = folder / "vocabulary.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good"]))
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)
+    vocabulary.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    model, names = zeroed()
+    attach_packing(model, names)
+    model.save_pretrained(folder)
+    return folder
+
+
+def size(folder):
+    return (folder / "model.safetensors").stat().st_size
+
+
+def test_compress_then_decompress(trained, tmp_path):
+    result = cli("compress", trained, tmp_path / "small", "--store-dtype", "float32")
+    assert result.returncode == 0, result.stderr
+    assert "90" in result.stdout
+    assert size(tmp_path / "small") < 0.6 * size(trained)
+    assert torch.equal(logits(tmp_path / "small"), logits(trained))
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").tokenize("good") == ["good"]
+
+    result = cli("decompress", tmp_path / "small", tmp_path / "plain")
+    assert result.returncode == 0, result.stderr
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(tmp_path / "plain"), logits(trained))
+    assert size(tmp_path / "plain") == pytest.approx(size(trained), rel=0.01)
+
+
+def test_inspect_counts_what_is_in_the_file(packed):
+    result = cli("inspect", packed, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    weight = AutoModelForSequenceClassification.from_pretrained(packed).bert.encoder.layer[0].output.dense.weight
+    row = next(r for r in report["tensors"] if r["name"] == "bert.encoder.layer.0.output.dense.weight")
+    assert row["shape"] == list(weight.shape)
+    assert row["sparsity"] == pytest.approx(float((weight == 0).float().mean()))
+    totals = report["totals"]
+    assert totals["bytes"] == sum(r["bytes"] for r in report["tensors"])
+    assert totals["bytes"] < size(packed) < totals["bytes"] + 10_000
+    assert totals["packed_bound_bytes"] < totals["packed_bytes"]
+
+
+def test_inspect_table_has_a_row_for_each_tensor(packed):
+    result = cli("inspect", packed)
+    assert result.returncode == 0, result.stderr
+    assert "sparsity" in result.stdout
+    assert "times smaller than dense" in result.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("compress",), ("inspect",), ("decompress",)])
+def test_help(command):
+    result = cli(*command, "--help")
+    assert result.returncode == 0
+    assert "Usage" in result.stdout
+
+
+@pytest.fixture
+def refuse(capsys):
+    """Run the command line in this process and expect one line of error."""
+
+    def run(message, *args, code=1):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(arg) for arg in args])
+        error = capsys.readouterr().err
+        assert exit_.value.code == code
+        assert message in error
+        assert code == 2 or error.strip().splitlines()[-1].startswith("error: ")
+
+    return run
+
+
+def test_an_error_in_a_process_of_its_own_is_one_line(tmp_path):
+    result = cli("inspect", tmp_path / "nowhere")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_user_errors(trained, packed, tmp_path, refuse):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    refuse("neither a folder nor a repository", "inspect", tmp_path / "nowhere")
+    refuse("has no config.json", "inspect", tmp_path / "full")
+    refuse("is not JSON", "inspect", tmp_path / "broken")
+    refuse("not an empty folder", "compress", trained, tmp_path / "full")
+    refuse("packed already", "compress", packed, tmp_path / "out")
+    refuse("not 'int4'", "compress", trained, tmp_path / "out", "--store-dtype", "int4")
+    refuse("is not packed", "decompress", trained, tmp_path / "out")
+    refuse("does not exist", "train", tmp_path / "no.yaml")
+    refuse("no recipe 'cooking'", "train", trained / "config.json", "--recipe", "cooking")
+    refuse("No such command", "frobnicate", code=2)
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "full"]
+
+
+def test_a_dense_model_has_nothing_to_compress(tmp_path, refuse):
+    build("bert").save_pretrained(tmp_path / "dense")
+    refuse("nothing to pack", "compress", tmp_path / "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_weight_file_is_named(packed, tmp_path, refuse):
+    for path in packed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    refuse("model.safetensors is damaged", "inspect", tmp_path)
+    refuse("error: ", "decompress", tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

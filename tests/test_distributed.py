@@ -1,0 +1,89 @@
+"""Two real processes: the same model as one process on the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from helpers import ROOT, assert_same_weights, weights
+from hf_approx import AvaGrad
+
+SCRIPTS = ROOT / "tests" / "scripts"
+
+
+def launch(command, *args, timeout=240):
+    subprocess.run(
+        [sys.executable, "-m", *command, *map(str, args)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def train(folder, processes, *options):
+    name = "cpu.yaml" if processes == 1 else "cpu_2_processes.yaml"
+    config = ROOT / "recipes" / "accelerate" / name
+    # A port of its own, so that runs side by side do not meet.
+    launch(
+        ["accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", "--config_file", str(config)],
+        SCRIPTS / "train_ddp.py",
+        folder,
+        processes,
+        *options,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    train(folder, 2)
+    return folder
+
+
+def test_both_processes_end_with_the_same_model_and_save_it(two_processes):
+    ranks = [torch.load(two_processes / f"rank{i}.pt") for i in range(2)]
+    assert_same_weights(*ranks)
+    reports = [json.loads((two_processes / f"rank{i}.json").read_text()) for i in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0]["totals"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    loaded = AutoModelForSequenceClassification.from_pretrained(two_processes / "model")
+    assert_same_weights(weights(loaded), ranks[0])
+
+
+def test_two_processes_equal_one(two_processes, tmp_path):
+    train(tmp_path, 1)
+    one, two = torch.load(tmp_path / "rank0.pt"), torch.load(two_processes / "rank0.pt")
+    for name in one:
+        assert torch.equal(one[name] == 0, two[name] == 0), name
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_two_processes_resume_to_the_same_file(two_processes):
+    before = (two_processes / "model" / "model.safetensors").read_bytes()
+    train(two_processes, 2, "resume")
+    assert (two_processes / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
+    launch(
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        SCRIPTS / "avagrad_fsdp.py",
+        tmp_path / "sharded.pt",
+    )
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    optimizer = AvaGrad(model.parameters(), lr=0.05, eps=1e-3, weight_decay=0.01)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    sharded = torch.load(tmp_path / "sharded.pt")
+    for name, param in model.named_parameters():
+        torch.testing.assert_close(sharded[name], param.detach(), rtol=1e-5, atol=1e-6)
