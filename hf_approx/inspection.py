@@ -60,6 +60,11 @@ class Inspection:
         return sum(row.dense_bytes for row in self.rows)
 
     @property
+    def bound_bytes(self) -> float:
+        """Bytes no packing can go below: mask entropy and kept values, and every other tensor as it is."""
+        return self.bytes - self.packed_bytes + self.packed_bound_bytes
+
+    @property
     def sparsity(self) -> float:
         """Share of zeros over the packed weights."""
         packed = [row for row in self.rows if row.packed]

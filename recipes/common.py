@@ -99,14 +99,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of options.")
     for override in overrides or []:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise ConfigError(f"--set needs KEY=VALUE, got {override!r}.")
-        *parents, last = key.split(".")
-        place: Any = data
-        for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        place[last] = yaml.safe_load(value)
+        _override(data, override)
     missing = {"model", "dataset", "text_columns"} - set(data)
     if missing:
         raise ConfigError(f"{path}: {', '.join(sorted(missing))} must be given.")
@@ -116,6 +109,21 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
     config.methods()
     config.avagrad()
     return config
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one value of the config in place; numbers in the key are positions in a list."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set needs KEY=VALUE, got {override!r}.")
+    *parents, last = key.split(".")
+    place: Any = data
+    try:
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
+        raise ConfigError(f"--set: the config has no place {key!r} for {value!r}.") from None
 
 
 def resolve_model(name: str) -> str:
@@ -143,7 +151,7 @@ def load_data(config: RecipeConfig) -> DatasetDict:
         data = load_dataset(**options)
     for split in (config.train_split, config.eval_split):
         if split not in data:
-            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(data)}.")
+            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}.")
     columns = data[config.train_split].column_names
     for column in (*config.text_columns, config.label_column):
         if column not in columns:

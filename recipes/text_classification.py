@@ -34,6 +34,7 @@ from common import (
     write_json,
 )
 from hf_approx import ApproxTrainer
+from hf_approx.inspection import inspect_checkpoint
 
 
 class Recipe:
@@ -101,6 +102,8 @@ class Recipe:
         row["sparsity"] = trainer.approx_report.get("totals", {}).get("sparsity", 0.0)
         if trainer.is_world_process_zero():
             row["bytes"] = weight_bytes(folder)
+            inspection = inspect_checkpoint(folder)
+            row["dense_bytes"], row["bound_bytes"] = inspection.dense_bytes, inspection.bound_bytes
             row["load_seconds"] = load_seconds(folder)
             batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
             batch.pop("labels")
@@ -116,7 +119,7 @@ class Recipe:
 def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
     """Print the table of dense against compressed."""
     table = Table(title="Dense against compressed")
-    headers = ("model", *scores, "sparsity", "bytes on disk", "load time", "reloaded bit-equal")
+    headers = ("model", *scores, "sparsity", "bytes on disk", "dense, same dtype", "load", "reloaded equal")
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "right")
     for name, row in rows.items():
@@ -125,20 +128,21 @@ def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
             *(f"{row[score]:.4f}" for score in scores),
             f"{row['sparsity']:.2%}",
             f"{row['bytes']:,}",
+            f"{row['dense_bytes']:,}",
             f"{row['load_seconds']:.2f} s",
             "yes" if row["reloaded_equal"] else "NO",
         )
     Console().print(table)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
     parser.add_argument("--output_dir", default="outputs/text_classification", help="where models are saved")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
     parser.add_argument("--resume", action="store_true", help="continue from the last training checkpoint")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         recipe = Recipe(read_config(options.config, options.set), options.output_dir)
     except (ConfigError, ValueError, FileNotFoundError) as error:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "recipes")]
 
 # Tiny models gain nothing from threads and lose much where other processes want the cores.
 torch.set_num_threads(1)

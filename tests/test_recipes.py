@@ -1,0 +1,124 @@
+"""Recipes as real processes on a tiny model and a CSV file."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+
+import hf_approx  # noqa: F401 - registers the packed format
+import text_classification
+from helpers import ROOT
+from models import build
+
+RECIPE = ROOT / "recipes" / "text_classification.py"
+WORDS = ["good", "fine", "nice", "bad", "awful", "poor"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file, with everything it names beside it."""
+    folder = tmp_path_factory.mktemp("recipe")
+    build("bert").bert.save_pretrained(folder / "model")
+    vocabulary = folder / "vocabulary.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder / "model")
+    for name, rows in (("train", 64), ("eval", 24)):
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["first", "second", "verdict"])
+            for i in range(rows):
+                word = WORDS[i % 6]
+                writer.writerow([word, f"very {word}", "up" if i % 6 < 3 else "down"])
+    data = {
+        "model": str(folder / "model"),
+        "dataset": {
+            "path": "csv",
+            "data_files": {"train": str(folder / "train.csv"), "held_out": str(folder / "eval.csv")},
+        },
+        "text_columns": ["first", "second"],
+        "label_column": "verdict",
+        "eval_split": "held_out",
+        "training": {"max_steps": 10, "learning_rate": 1e-3, "use_cpu": True, "per_device_eval_batch_size": 8},
+        "optimizer": {"lr": 0.1, "eps": 1e-3},
+        "approx": [{"method": "sparsification", "target_sparsity": 0.8}],
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def launch(*args, processes=1):
+    accelerate = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    return subprocess.run(
+        [*command, "--config_file", str(accelerate), str(RECIPE), *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_text_classification(config, tmp_path, processes):
+    result = launch("--config", config, "--output_dir", tmp_path, processes=processes)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["dense"]["sparsity"] == 0
+    assert rows["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert rows["compressed"]["bytes"] < rows["compressed"]["dense_bytes"] < rows["dense"]["bytes"]
+    for name, row in rows.items():
+        assert row["reloaded_equal"] is True
+        assert 0 <= row["accuracy"] <= 1
+        assert f"{row['accuracy']:.4f}" in result.stdout
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        assert model.config.id2label == {0: "down", 1: "up"}
+
+
+def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
+    code = "from hf_approx.cli import main; main()"
+    options = ["--output-dir", tmp_path, "--set", "baseline=false", "--set", "approx.0.target_sparsity=0.5"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, "train", str(config), *map(str, options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert list(rows) == ["compressed"]
+    assert rows["compressed"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("modle=x", "unknown option 'modle'"),
+        ("text_columns=[title]", "no column 'title'; it has first, second, verdict"),
+        ("eval_split=test", "no split 'test'; it has held_out, train"),
+        ("approx.0.method=magic", "method must be one of sparsification, magnitude, got 'magic'"),
+        ("approx.0.sparsity=0.5", "unknown option 'sparsity'"),
+        ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
+        ("optimizer.lr=-1", "lr must be a finite number >= 0"),
+        ("model=package:no_such_package/x", "'no_such_package' is not installed"),
+        ("approx.7.method=x", "no place 'approx.7.method'"),
+        ("nonsense", "--set needs KEY=VALUE"),
+    ],
+)
+def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message):
+    code = text_classification.main(["--config", str(config), "--output_dir", str(tmp_path), "--set", override])
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_config_is_one_line(tmp_path, capsys):
+    assert text_classification.main(["--config", str(tmp_path / "no.yaml")]) == 2
+    assert "Cannot read" in capsys.readouterr().err
