@@ -146,7 +146,7 @@ class ApproxQuantizer(HfQuantizer):
             return param.element_size()
         return spec.numel * self._dtypes[param_name].itemsize / max(param.numel(), 1)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """None: a packed file uses the model's own parameter names, never those of its first release."""
         return []
 
