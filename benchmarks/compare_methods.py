@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="config of recipes/text_classification.py")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--metric", default="accuracy", help="the number of the recipe's results to show")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the config")
     parser.add_argument("--output", type=Path, help="also write every number as JSON")
@@ -83,12 +84,12 @@ def main() -> None:
     bar.close()
     if options.output:
         options.output.write_text(json.dumps(rows, indent=2) + "\n")
-    print("| method | sparsity | accuracy | seeds | bytes on disk | dense, same dtype | file / bound |")
+    print(f"| method | sparsity | {options.metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for key in dict.fromkeys((row["target"], row["method"]) for row in rows):
         group = [row for row in rows if (row["target"], row["method"]) == key]
         print(
-            f"| {key[1]} | {mean(r['sparsity'] for r in group):.2%} | {spread([r['accuracy'] for r in group])} "
+            f"| {key[1]} | {mean(r['sparsity'] for r in group):.2%} | {spread([r[options.metric] for r in group])} "
             f"| {len(group)} | {mean(r['bytes'] for r in group):,.0f} | {group[0]['dense_bytes']:,} "
             f"| {mean(r['bytes'] / r['bound_bytes'] for r in group):.3f} |"
         )

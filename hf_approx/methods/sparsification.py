@@ -193,8 +193,11 @@ class ContinuousSparsification(Method):
         The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
         multiplier is solved for instead of tuned. It is the quantile of an evenly spaced sample.
         """
+        if wanted <= 0:
+            return
         scores = [mask.scores for mask in self.masks]
-        stride = max(self._numel // QUANTILE_SAMPLE, 1)
+        # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
+        stride = (self._numel // QUANTILE_SAMPLE) | 1
         sample = torch.cat([s.reshape(-1)[::stride] for s in scores])
         threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
         for s in scores:

@@ -21,9 +21,14 @@ ACCELERATOR_ELEMENTS = 1 << 27
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """Sum of squares over all tensors as a float64 scalar, reduced over the mesh of sharded ones."""
-    norms = torch._foreach_norm(tensors, 2.0)
+    norms = torch._foreach_norm(tensors, 2.0, wide_dtype(tensors[0]))
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.stack(whole).double().square().sum()
+    return torch.stack(whole).square().sum()
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
