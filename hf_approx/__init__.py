@@ -1,9 +1,9 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
+from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
-from hf_approx.quantizer import ApproxConfig, attach_packing
 from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
 
 __version__ = "0.1.0"
@@ -19,4 +19,5 @@ __all__ = [
     "PackedFormatError",
     "SparsificationConfig",
     "attach_packing",
+    "keep_zeros",
 ]

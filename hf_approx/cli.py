@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +15,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import hf_approx
-from hf_approx.inspection import Inspection, find_checkpoint, inspect_checkpoint, read_packing
-from hf_approx.quantizer import attach_packing
-from hf_approx.targets import select_modules
+from hf_approx.checkpoint import attach_packing
+from hf_approx.inspection import COMPANIONS, Inspection, find_checkpoint, inspect_checkpoint, read_packing
 
 app = typer.Typer(
     help="Sparsify Hugging Face models and ship them small.",
@@ -44,7 +44,7 @@ def train(
         raise FileNotFoundError(f"There is no recipe '{recipe}'.")
     if not config.is_file():
         raise FileNotFoundError(f"'{config}' does not exist.")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", str(script)]
     command += ["--config", str(config), "--output_dir", str(output_dir)]
     for value in set_ or []:
         command += ["--set", value]
@@ -59,15 +59,15 @@ def compress(
 ) -> None:
     """Write a trained model whose weights contain zeros as a packed checkpoint."""
     _check_output(output)
-    folder = find_checkpoint(source)
+    folder = find_checkpoint(source, everything=True)
     packing = read_packing(folder)
     if packing is not None:
         state = "a checkpoint of unfinished training" if packing.training else "packed already"
         raise ValueError(f"'{source}' is {state}.")
     model = _load(folder)
-    specs = attach_packing(model, [f"{name}.weight" for name in select_modules(model)], store_dtype)
-    if not any(spec.nnz < spec.numel for spec in specs.values()):
-        raise ValueError(f"'{source}' has no zeros in its layers: nothing to pack. Sparsify it first.")
+    matrices = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
+    if not attach_packing(model, matrices, store_dtype):
+        raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
     _write(model, folder, output)
     _show(inspect_checkpoint(output), brief=True)
 
@@ -89,7 +89,7 @@ def inspect(
 def decompress(source: Source, output: Output) -> None:
     """Write a packed checkpoint as an ordinary transformers checkpoint."""
     _check_output(output)
-    folder = find_checkpoint(source)
+    folder = find_checkpoint(source, everything=True)
     if read_packing(folder) is None:
         raise ValueError(f"'{source}' is not packed.")
     model = _load(folder)
@@ -106,10 +106,13 @@ def _check_output(output: Path) -> None:
 def _load(folder: Path) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["AutoModel"])[0]
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise ValueError(f"transformers has no class '{name}'.")
-    model, report = cls.from_pretrained(folder, output_loading_info=True)
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))):
+        raise ValueError(f"transformers has no model class {name!r}.")
+    try:
+        model, report = cls.from_pretrained(folder, output_loading_info=True)  # type: ignore[union-attr]
+    except RuntimeError as error:  # shapes that do not fit
+        raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
     lost = sorted([*report["missing_keys"], *report["unexpected_keys"]])
     if lost:
         raise ValueError(f"'{folder}' does not hold a complete {name}: '{lost[0]}' is missing or unknown.")
@@ -118,19 +121,18 @@ def _load(folder: Path) -> transformers.PreTrainedModel:
 
 def _write(model: transformers.PreTrainedModel, source: Path, output: Path) -> None:
     """Save beside `output` and move it there whole; tokenizer and processor files come along."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        partial = Path(scratch) / "model"
         model.save_pretrained(partial)
         skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
         for path in source.iterdir():
-            if path.suffix in (".json", ".txt", ".model", ".jinja") and path.name not in skipped:
+            if path.suffix in COMPANIONS and path.name not in skipped:
                 shutil.copy(path, partial / path.name)
         if output.exists():
             output.rmdir()
         partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _show(result: Inspection, brief: bool = False) -> None:

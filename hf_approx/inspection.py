@@ -10,8 +10,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
 from hf_approx.packing import DTYPES, PackedFormatError, TensorSpec
-from hf_approx.quantizer import QUANT_METHOD, ApproxConfig
 
 ITEM_BYTES = {
     "F64": 8,
@@ -85,8 +85,16 @@ class Inspection:
         }
 
 
-def find_checkpoint(path_or_repo: str) -> Path:
-    """A folder, or the local copy of a Hub repository (its config and weights are downloaded).
+COMPANIONS = (".json", ".txt", ".model", ".jinja")
+"""Endings of the files that belong to a model beside its weights: tokenizer, processor, chat template."""
+
+
+def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
+    """A folder, or the local copy of a Hub repository.
+
+    Args:
+        path_or_repo: Path or repository id.
+        everything: Download tokenizer and processor files too, not only config and weights.
 
     Raises:
         FileNotFoundError: It is neither, or holds no `config.json`.
@@ -94,7 +102,8 @@ def find_checkpoint(path_or_repo: str) -> Path:
     folder = Path(path_or_repo)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(path_or_repo, allow_patterns=["*.json", "*.safetensors"]))
+            endings = [*(COMPANIONS if everything else (".json",)), ".safetensors"]
+            folder = Path(snapshot_download(path_or_repo, allow_patterns=[f"*{ending}" for ending in endings]))
         except (HFValidationError, RepositoryNotFoundError, OSError):
             raise FileNotFoundError(
                 f"'{path_or_repo}' is neither a folder nor a repository that can be reached."
@@ -114,7 +123,9 @@ def read_packing(folder: Path) -> ApproxConfig | None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         raise PackedFormatError(f"{folder / 'config.json'} is not JSON.") from None
-    data = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict):
+        raise PackedFormatError(f"{folder / 'config.json'} is not a JSON object.")
+    data = config.get("quantization_config")
     if not isinstance(data, dict) or data.get("quant_method") != QUANT_METHOD:
         return None
     return ApproxConfig.from_dict(data)
@@ -129,11 +140,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     """
     packing = read_packing(folder)
     specs = packing.tensors if packing else {}
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"'{folder}' has no safetensors file.")
     rows = []
-    for path in files:
+    for path in _weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -146,6 +154,22 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
     bound = sum(spec.entropy_bits / 8 + spec.value_bytes for spec in specs.values())
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers would read: other safetensors files in the folder are none of the model's."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        names = ["model.safetensors"]
+    else:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PackedFormatError(f"{index} is damaged.") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise FileNotFoundError(f"'{folder}' has no file '{name}'.")
+    return [folder / name for name in names]
 
 
 def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None) -> Row:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -19,9 +20,10 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.quantizer import ApproxConfig, attach_packing, keep_own_names
+from hf_approx.packing import dtype_from_name
 
 logger = logging.getLogger(__name__)
 
@@ -66,33 +68,60 @@ class ApproxTrainerMixin:
         store_dtype: str | None = "float16",
         **kwargs: Any,
     ) -> None:
-        configs = [approx] if isinstance(approx, MethodConfig) else list(approx)
+        configs = [approx] if isinstance(approx, MethodConfig) else list(approx or ())
+        for config in configs:
+            if not isinstance(config, MethodConfig):
+                raise ValueError(f"{type(self).__name__}: approx must hold method configs, got {config!r}.")
+        if store_dtype is not None:
+            dtype_from_name(store_dtype)
         self.methods: list[Method] = [config.build() for config in configs]
         self.store_dtype = store_dtype
         self.approx_report: dict[str, Any] = {}
         self._finalized = not self.methods
+        self._repack: list[str] = []
+        self._avagrad = optimizer
         if optimizer is not None:
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
-        trainer = cast(Trainer, self)
-        if self.methods and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            raise ValueError("ApproxTrainer: masks are not sharded yet; train without FSDP and DeepSpeed.")
-        if self.methods and trainer.args.n_gpu > 1:
-            raise ValueError(
-                "ApproxTrainer: torch.nn.DataParallel cannot copy masks; start with `accelerate launch` to use "
-                f"all {trainer.args.n_gpu} GPUs, or show the process one of them through CUDA_VISIBLE_DEVICES."
-            )
-        self._avagrad = optimizer
+        self._refuse_unsupported()
+        self._unpack()
         attached: list[Method] = []
         try:
             for method in self.methods:
                 method.attach(self._plain_model)
                 attached.append(method)
         except ValueError:
-            for method in attached:
-                method.finalize()
+            for method in reversed(attached):
+                method.detach()
             raise
-        trainer.add_callback(_Schedule(self.methods))
+        cast(Trainer, self).add_callback(_Schedule(self.methods))
+
+    def _refuse_unsupported(self) -> None:
+        trainer, name = cast(Trainer, self), type(self).__name__
+        if self.methods and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise ValueError(f"{name}: masks are not sharded yet; train without FSDP and DeepSpeed.")
+        if self.methods and trainer.args.n_gpu > 1:
+            raise ValueError(
+                f"{name}: torch.nn.DataParallel cannot copy masks; start with `accelerate launch` to use "
+                f"all {trainer.args.n_gpu} GPUs, or show the process one of them through CUDA_VISIBLE_DEVICES."
+            )
+        if self.methods and trainer.model_init is not None:
+            raise ValueError(
+                f"{name}: model_init would replace the model the methods are attached to; pass model= instead."
+            )
+        fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        flat = fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1
+        if self._avagrad is not None and (trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and flat)):
+            raise ValueError(
+                f"{name}: AvaGrad needs the norm over the whole model; shard with FSDP2, not ZeRO or FSDP1."
+            )
+
+    def _unpack(self) -> None:
+        """Train a packed model as an ordinary one: its checkpoints are exact then, and `finalize` packs it again."""
+        model = self._plain_model
+        if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
+            self._repack = list(model.config.quantization_config.tensors)
+            model.dequantize()
 
     @property
     def _plain_model(self) -> nn.Module:
@@ -104,6 +133,8 @@ class ApproxTrainerMixin:
         trainer = cast(Trainer, self)
         groups = [] if self._finalized else [group for m in self.methods for group in m.param_groups()]
         if trainer.optimizer is not None:
+            if groups and not isinstance(trainer.optimizer, CompositeOptimizer):
+                trainer.optimizer = CompositeOptimizer(trainer.optimizer, torch.optim.Adam(groups))
             return trainer.optimizer
         own = [param for group in groups for param in group["params"]]
         for param in own:
@@ -157,47 +188,56 @@ class ApproxTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, then finalize: bake the methods into the weights and make saving write them packed."""
-        trainer = cast(Trainer, self)
+        self._unpack()
         output = super().train(*args, **kwargs)  # type: ignore[misc]
-        if not self._finalized:
+        if not self._finalized or self._repack:
             self.finalize()
-            trainer.log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
+            cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
         return output
 
     def finalize(self) -> dict[str, Any]:
         """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done."""
         trainer = cast(Trainer, self)
-        model = self._plain_model
-        if not all(method.is_final for method in self.methods):
-            logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
-            for method in self.methods:
-                method.settle()
-        reports = [method.report() for method in self.methods]
-        names = [name for method in self.methods for name in method.finalize()]
-        self._finalized = True
-        params = dict(model.named_parameters(remove_duplicate=False))
-        kept = sum(int(params[name].count_nonzero()) for name in names)
-        total = sum(params[name].numel() for name in names)
-        if isinstance(model, PreTrainedModel):
-            specs = attach_packing(model, names, self.store_dtype)
-            width = params[names[0]].element_size()
-            packed = sum(spec.nbytes for spec in specs.values())
-        else:
-            logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
-            packed, width = 0, 0
-        self.approx_report = {
-            "methods": reports,
-            "totals": {
-                "sparsity": 1 - kept / total,
-                "dense_bytes": total * width,
-                "packed_bytes": packed,
-            },
-        }
+        names = list(self._repack)
+        if not self._finalized:
+            if not all(method.is_final for method in self.methods):
+                logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
+                for method in self.methods:
+                    method.settle()
+            self.approx_report["methods"] = [method.report() for method in self.methods]
+            names += [name for method in self.methods for name in method.finalize()]
+            self._finalized = True
+        self.approx_report["totals"] = self._pack(list(dict.fromkeys(names)))
+        self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
         # The optimizer and the wrapped model hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
-        trainer.model_wrapped = model
+        trainer.model_wrapped = self._plain_model
         return self.approx_report
+
+    def _pack(self, names: list[str]) -> dict[str, float]:
+        """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
+        model = self._plain_model
+        params = dict(model.named_parameters(remove_duplicate=False))
+        total = sum(params[name].numel() for name in names)
+        dense_bytes = sum(params[name].numel() * params[name].element_size() for name in names)
+        packed_bytes = dense_bytes
+        if isinstance(model, PreTrainedModel):
+            try:
+                specs = attach_packing(model, names, self.store_dtype)
+            except ValueError as error:
+                logger.warning("%s Storing every weight in its own dtype instead.", error)
+                self.store_dtype = None
+                specs = attach_packing(model, names, None)
+            stored = dtype_from_name(self.store_dtype) if self.store_dtype else None
+            packed_bytes = sum(
+                specs[name].nbytes if name in specs else params[name].numel() * (stored or params[name].dtype).itemsize
+                for name in names
+            )
+        else:
+            logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
+        kept = sum(int(params[name].count_nonzero()) for name in names)
+        return {"sparsity": 1 - kept / total, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes}
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
@@ -253,18 +293,25 @@ class ApproxTrainerMixin:
             if self._finalized:
                 return
             raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
-        here = [{"name": m.name, "modules": list(m.modules)} for m in self.methods]
-        there = [{"name": s["name"], "modules": s["modules"]} for s in _read_json(path)]
-        if here != there:
-            raise ValueError(
-                f"Cannot resume: the checkpoint was made with {_summary(there)}, this run has {_summary(here)}."
-            )
+        here, there = [_identity(method) for method in self.methods], _read_json(path)
+        if len(here) != len(there) or any(a["name"] != b["name"] for a, b in zip(here, there, strict=True)):
+            names = [" and ".join(entry["name"] for entry in side) or "no methods" for side in (there, here)]
+            raise ValueError(f"Cannot resume: the checkpoint was made with {names[0]}, this run has {names[1]}.")
+        for mine, saved in zip(here, there, strict=True):
+            if mine["modules"] != saved["modules"]:
+                raise ValueError(f"Cannot resume: {mine['name']} had other target modules in the checkpoint.")
+            for option, value in saved["config"].items():
+                if mine["config"].get(option) != value:
+                    raise ValueError(
+                        f"Cannot resume: {mine['name']} had {option}={value!r} in the checkpoint, this run has "
+                        f"{mine['config'].get(option)!r}."
+                    )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
         trainer = cast(Trainer, self)
         if self.methods and trainer.args.should_save:
-            states = [{"name": m.name, "modules": list(m.modules), "state": m.state_dict()} for m in self.methods]
+            states = [{**_identity(method), "state": method.state_dict()} for method in self.methods]
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
                 json.dump(states, file)
 
@@ -281,8 +328,10 @@ def _read_json(path: str) -> Any:
         return json.load(file)
 
 
-def _summary(methods: list[dict[str, Any]]) -> str:
-    return " and ".join(f"{m['name']} on {len(m['modules'])} modules" for m in methods) or "no methods"
+def _identity(method: Method) -> dict[str, Any]:
+    """What a method must have in common with the checkpoint it resumes from, as it looks once read from JSON."""
+    identity = {"name": method.name, "modules": list(method.modules), "config": asdict(method.config)}
+    return cast(dict[str, Any], json.loads(json.dumps(identity)))
 
 
 class ApproxTrainer(ApproxTrainerMixin, Trainer):

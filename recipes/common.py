@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import time
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 import yaml
-from datasets import DatasetDict, load_dataset
-from transformers import AutoModelForSequenceClassification
+from datasets import ClassLabel, DatasetDict, Value, load_dataset
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_approx import AvaGradConfig
 from hf_approx.methods import METHODS, MethodConfig
@@ -78,12 +80,25 @@ class RecipeConfig:
         return None if self.optimizer is None else _build(AvaGradConfig, self.optimizer, "optimizer")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text, for want of a point; here it is the number everyone means."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
 def _build(cls: type[Any], options: dict[str, Any], where: str) -> Any:
     known = {f.name for f in fields(cls)}
     for name in options:
         if name not in known:
             raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
@@ -93,7 +108,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
         ConfigError: The file is missing, no YAML mapping, or has unknown, missing or impossible values.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read {path}: {error}") from None
     if not isinstance(data, dict):
@@ -106,7 +121,15 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
     config = _build(RecipeConfig, data, str(path))
     if isinstance(config.text_columns, str):
         config.text_columns = [config.text_columns]
-    config.methods()
+    for name in config.training:
+        if name not in {f.name for f in fields(TrainingArguments)}:
+            raise ConfigError(f"training: TrainingArguments has no option {name!r}.")
+    for name in ("max_length", "max_train_samples", "max_eval_samples"):
+        value = getattr(config, name)
+        if not (isinstance(value, int) and value > 0) and (value is not None or name == "max_length"):
+            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+    if not config.methods() and not config.baseline:
+        raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
     config.avagrad()
     return config
 
@@ -121,7 +144,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     try:
         for part in parents:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+        place[int(last) if isinstance(place, list) else last] = yaml.load(value, _Loader)
     except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
         raise ConfigError(f"--set: the config has no place {key!r} for {value!r}.") from None
 
@@ -146,7 +169,10 @@ def load_data(config: RecipeConfig) -> DatasetDict:
     options = dict(config.dataset)
     if "python" in options:
         module, _, function = options["python"].partition(":")
-        data = getattr(importlib.import_module(module), function)()
+        try:
+            data = getattr(importlib.import_module(module), function)()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"dataset: cannot load {options['python']!r}: {error}") from None
     else:
         data = load_dataset(**options)
     for split in (config.train_split, config.eval_split):
@@ -158,7 +184,13 @@ def load_data(config: RecipeConfig) -> DatasetDict:
             raise ConfigError(f"dataset: no column {column!r}; it has {', '.join(columns)}.")
     data = DatasetDict(train=data[config.train_split], validation=data[config.eval_split])
     if not hasattr(data["train"].features[config.label_column], "names"):
-        data = data.class_encode_column(config.label_column)
+        # One table of classes for both splits: encoded one by one, the same number could mean two classes.
+        classes = sorted(map(str, set(data["train"][config.label_column])))
+        unknown = sorted(set(map(str, data["validation"][config.label_column])) - set(classes))
+        if unknown:
+            raise ConfigError(f"dataset: {config.eval_split!r} has the class {unknown[0]!r}, which training lacks.")
+        text = data.cast_column(config.label_column, Value("string"))
+        data = text.cast_column(config.label_column, ClassLabel(names=classes))
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         if limit is not None:
             data[split] = data[split].select(range(min(limit, len(data[split]))))
@@ -169,6 +201,11 @@ def metric_path(name: str) -> str:
     """A metric file beside the recipes, or a name `evaluate` knows."""
     local = RECIPES / name
     return str(local) if local.exists() else name
+
+
+def last_checkpoint(folder: str) -> str | None:
+    """The newest checkpoint of a training that wrote to `folder`, if there is one."""
+    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
 
 
 def weight_bytes(folder: str | Path) -> int:

@@ -24,6 +24,7 @@ from transformers import (
 from common import (
     ConfigError,
     RecipeConfig,
+    last_checkpoint,
     load_data,
     load_seconds,
     metric_path,
@@ -60,14 +61,9 @@ class Recipe:
             predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
         )
 
-    def train(self, name: str, compressed: bool, resume: bool = False) -> tuple[ApproxTrainer, dict[str, Any]]:
-        """Train one model, save it under `name`, and measure it.
-
-        Returns:
-            The trainer and a row of the table: metric, sparsity, bytes, load time.
-        """
+    def trainer(self, name: str, compressed: bool) -> ApproxTrainer:
+        """A trainer of a fresh model, dense or compressed."""
         config = self.config
-        folder = self.output_dir / name
         args = TrainingArguments(
             output_dir=str(self.output_dir / f"{name}-checkpoints"),
             **{"report_to": [], "save_strategy": "no", **config.training},
@@ -93,7 +89,12 @@ class Recipe:
         )
         # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
         trainer.model_accepts_loss_kwargs = False
-        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer
+
+    def train(self, name: str, trainer: ApproxTrainer, checkpoint: str | None) -> dict[str, Any]:
+        """Train, save under `name`, and measure: a row of the table, with metric, sparsity, bytes, load time."""
+        folder = self.output_dir / name
+        trainer.train(resume_from_checkpoint=checkpoint)
         measured = trainer.evaluate()
         trainer.save_model(str(folder))
         row: dict[str, Any] = {
@@ -108,7 +109,7 @@ class Recipe:
             batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
             batch.pop("labels")
             row["reloaded_equal"] = same_logits(folder, trainer.model, dict(batch))
-        return trainer, row
+        return row
 
     @property
     def scores(self) -> list[str]:
@@ -141,18 +142,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
     parser.add_argument("--output_dir", default="outputs/text_classification", help="where models are saved")
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
-    parser.add_argument("--resume", action="store_true", help="continue from the last training checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
     options = parser.parse_args(argv)
     try:
-        recipe = Recipe(read_config(options.config, options.set), options.output_dir)
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+        config = read_config(options.config, options.set)
+        recipe = Recipe(config, options.output_dir)
+        names = [name for name, wanted in (("dense", config.baseline), ("compressed", config.approx)) if wanted]
+        # Made before the first training starts, so that a mistake in the second is reported at once.
+        trainers = {name: recipe.trainer(name, compressed=name == "compressed") for name in names}
+        checkpoints = {name: last_checkpoint(trainers[name].args.output_dir) for name in names}
+        if options.resume and not any(checkpoints.values()):
+            raise ConfigError("--resume: there is no checkpoint; set training.save_strategy to write some.")
+    except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = {}
-    if recipe.config.baseline:
-        trainer, rows["dense"] = recipe.train("dense", compressed=False)
-    if recipe.config.approx:
-        trainer, rows["compressed"] = recipe.train("compressed", compressed=True, resume=options.resume)
+    for name, trainer in trainers.items():
+        set_seed(trainer.args.seed)
+        rows[name] = recipe.train(name, trainer, checkpoints[name] if options.resume else None)
     if trainer.is_world_process_zero():
         write_json(recipe.output_dir / "results.json", rows)
         show(rows, recipe.scores)

@@ -200,6 +200,46 @@ def test_foreach_equals_single_tensor(variant):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
+def test_a_tensor_of_several_pieces_equals_the_single_tensor_path():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(600, 700), [torch.randn(600, 700) for _ in range(4)]
+    results = []
+    for foreach in (True, False):
+        w, small = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start[0].clone())
+        optimizer = AvaGrad([w, small], eps=1e-2, weight_decay=0.1, foreach=foreach)
+        for gradient in gradients:
+            w.grad, small.grad = gradient.clone(), gradient[0].clone()
+            optimizer.step()
+        results.append(torch.cat([w.detach().reshape(-1), small.detach()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("variant", ["exact", "reference", "paper"])
+def test_a_deep_copy_goes_on_alike(variant):
+    model, x, y = model_and_data()
+    optimizer = CompositeOptimizer(
+        AvaGrad(model[0].parameters(), variant=variant), torch.optim.Adam(model[2].parameters(), lr=1e-2)
+    )
+    train(model, optimizer, x, y, steps=3)
+    copied, other = copy.deepcopy((model, optimizer))
+    assert torch.equal(train(model, optimizer, x, y, steps=3), train(copied, other, x, y, steps=3))
+
+
+def test_loading_another_variant_is_refused():
+    saved = AvaGrad([start()]).state_dict()
+    with pytest.raises(ValueError, match="saved with variant 'exact', this optimizer has 'paper'"):
+        AvaGrad([start()], variant="paper").load_state_dict(saved)
+
+
+def test_a_group_added_to_a_composite_is_stepped():
+    w, late = start(), start()
+    optimizer = CompositeOptimizer(torch.optim.SGD([w], lr=0.1))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(3, dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(late.detach(), torch.tensor(START, dtype=torch.float64) - 0.1)
+
+
 def test_schedulers_scale_the_step():
     model, x, y = model_and_data()
     optimizer = AvaGrad(model.parameters())
@@ -265,11 +305,12 @@ def test_grad_scaler_skips_an_overflow_and_unscales_the_rest():
 
 
 def test_sparse_gradients_are_refused():
-    embedding = torch.nn.Embedding(5, 2, sparse=True)
-    optimizer = AvaGrad(embedding.parameters())
-    embedding(torch.tensor([1])).sum().backward()
+    embedding, w = torch.nn.Embedding(5, 2, sparse=True), start()
+    optimizer = AvaGrad([w, *embedding.parameters()])
+    (embedding(torch.tensor([1])).sum() + w.sum()).backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step()
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize(

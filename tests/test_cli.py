@@ -1,6 +1,7 @@
 """The command line as a user runs it: real processes, exit codes, no tracebacks."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -137,9 +138,12 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     (tmp_path / "full" / "file").write_text("mine")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[1]")
     refuse("neither a folder nor a repository", "inspect", tmp_path / "nowhere")
     refuse("has no config.json", "inspect", tmp_path / "full")
     refuse("is not JSON", "inspect", tmp_path / "broken")
+    refuse("is not a JSON object", "inspect", tmp_path / "list")
     refuse("not an empty folder", "compress", trained, tmp_path / "full")
     refuse("packed already", "compress", packed, tmp_path / "out")
     refuse("not 'int4'", "compress", trained, tmp_path / "out", "--store-dtype", "int4")
@@ -148,13 +152,45 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     refuse("no recipe 'cooking'", "train", trained / "config.json", "--recipe", "cooking")
     refuse("No such command", "frobnicate", code=2)
     assert (tmp_path / "full" / "file").read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "full"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "full", "list"]
 
 
 def test_a_dense_model_has_nothing_to_compress(tmp_path, refuse):
     build("bert").save_pretrained(tmp_path / "dense")
-    refuse("nothing to pack", "compress", tmp_path / "dense", tmp_path / "out")
+    refuse("no weight with enough zeros", "compress", tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["TrainingArguments", "pipeline", "Nonsense", 5])
+def test_the_file_cannot_name_just_any_class(trained, tmp_path, refuse, name):
+    shutil.copytree(trained, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    refuse("", "compress", tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_weight_files_in_the_folder_are_not_counted(packed, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path / "model")
+    shutil.copy(packed / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
+    counts = []
+    for folder in (packed, tmp_path / "model"):
+        with pytest.raises(SystemExit):
+            main(["inspect", str(folder), "--json"])
+        counts.append(json.loads(capsys.readouterr().out)["totals"])
+    assert counts[0] == counts[1]
+
+
+def test_zeros_anywhere_are_packed(tmp_path):
+    model = build("bert").eval()
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.mul_(torch.rand(48, 32) > 0.9)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as exit_:
+        main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), "--store-dtype", "float32"])
+    assert exit_.value.code == 0
+    tensors = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["tensors"]
+    assert list(tensors) == ["bert.embeddings.word_embeddings.weight"]
 
 
 def test_a_truncated_weight_file_is_named(packed, tmp_path, refuse):

@@ -1,5 +1,6 @@
 """Packed checkpoints through the real `save_pretrained` and `from_pretrained`."""
 
+import copy
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpers import python
-from hf_approx import ApproxConfig, PackedFormatError, attach_packing
+from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.modules import SparseLinear
 from hf_approx.targets import select_modules
 from models import ARCHITECTURES, batch, build
@@ -27,7 +28,7 @@ def sparsify(model, sparsity=0.9, extra=()):
 
 def save(name, folder, store_dtype="float16", dtype=torch.float32, extra=(), **options):
     model = build(name).to(dtype).eval()
-    attach_packing(model, sparsify(model, extra=extra), store_dtype)
+    attach_packing(model, iter(sparsify(model, extra=extra)), store_dtype)
     model.save_pretrained(folder, **options)
     return model
 
@@ -84,6 +85,14 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
     assert torch.equal(logits(model, "gpt2"), logits(loaded, "gpt2"))
+
+
+def test_a_tied_weight_may_be_named_either_way(tmp_path):
+    save("gpt2", tmp_path, extra=["lm_head.weight"])
+    assert load_file(tmp_path / "model.safetensors")["transformer.wte.weight"].dtype == torch.uint8
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert float((loaded.lm_head.weight == 0).float().mean()) > 0.8
 
 
 def test_device_map_auto(tmp_path):
@@ -161,6 +170,69 @@ def test_training_a_loaded_model_keeps_its_zeros(tmp_path, optimizer):
     assert torch.equal(restored, weight.detach().half().float())
 
 
+def test_a_copy_keeps_its_zeros_once_told(tmp_path, caplog):
+    save("bert", tmp_path / "a")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    told, untold = copy.deepcopy(loaded), copy.deepcopy(loaded)
+    keep_zeros(told)
+    for model in (told, untold):
+        stepper = torch.optim.AdamW(model.parameters(), lr=0.01)
+        model.train()(**batch("bert"), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        stepper.step()
+    zeros = [(m.bert.encoder.layer[0].output.dense.weight == 0).float().mean() for m in (loaded, told, untold)]
+    assert zeros[0] == zeros[1] > 0.8 > zeros[2]
+    told.save_pretrained(tmp_path / "b")
+    assert "keep_zeros" not in caplog.text
+    untold.save_pretrained(tmp_path / "c")
+    assert "hf_approx.keep_zeros on the copy" in caplog.text
+
+
+def test_the_base_model_of_a_loaded_model_saves_packed(tmp_path):
+    save("bert", tmp_path / "a")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    loaded.bert.save_pretrained(tmp_path / "b")
+    base = AutoModel.from_pretrained(tmp_path / "b")
+    expected = loaded.bert.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in base.state_dict().items())
+    loaded.save_pretrained(tmp_path / "c")
+    assert files(tmp_path / "c") == files(tmp_path / "a")
+
+
+def test_a_model_with_fewer_layers_saves(tmp_path):
+    save("bert", tmp_path / "a")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    loaded.bert.encoder.layer = loaded.bert.encoder.layer[:1]
+    loaded.config.num_hidden_layers = 1
+    loaded.save_pretrained(tmp_path / "b")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+    assert torch.equal(logits(again), logits(loaded))
+
+
+def test_parts_kept_in_float32_stay_so(tmp_path):
+    model = save("t5", tmp_path, "float32")
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float16)
+    plain = build("t5")
+    plain.save_pretrained(tmp_path / "plain")
+    dense = type(model).from_pretrained(tmp_path / "plain", dtype=torch.float16)
+    assert {n: p.dtype for n, p in loaded.named_parameters()} == {n: p.dtype for n, p in dense.named_parameters()}
+    assert loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+
+
+def test_a_loaded_model_can_be_cast(tmp_path):
+    save("bert", tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).half()
+    assert loaded.dtype == torch.float16
+
+
+def test_packed_runtime_under_autocast(tmp_path):
+    model = save("bert", tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=ApproxConfig(runtime="packed")
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0.1, atol=0.01)
+
+
 def test_dequantize_gives_a_plain_checkpoint(tmp_path):
     model = save("bert", tmp_path / "a")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
@@ -179,6 +251,8 @@ def test_attach_packing_refuses_and_changes_nothing():
         attach_packing(model, sparsify(model, sparsity=0.0))
     with pytest.raises(ValueError, match="no parameter 'nowhere'"):
         attach_packing(model, ["nowhere"])
+    with pytest.raises(ValueError, match="not packed"):
+        keep_zeros(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not hasattr(model.config, "quantization_config")
 
@@ -297,9 +371,17 @@ def test_compressing_while_loading_is_refused(tmp_path):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=ApproxConfig())
 
 
-def test_bad_runtime_is_refused():
-    with pytest.raises(ValueError, match="runtime must be"):
-        ApproxConfig(runtime="fast")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtime": "fast"}, "runtime must be"),
+        ({"runtim": "packed"}, "unknown option 'runtim'"),
+        ({"store_dtype": ["float16"]}, "not \\['float16'\\]"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ApproxConfig(**options)
 
 
 def test_file_holds_nothing_but_safetensors_and_json(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 import hf_approx  # noqa: F401 - registers the packed format
 import text_classification
+from common import ConfigError, RecipeConfig, load_data, read_config
 from helpers import ROOT
 from models import build
 
@@ -52,7 +54,7 @@ def config(tmp_path_factory):
     return path
 
 
-def launch(*args, processes=1):
+def launch(*args, processes=1, timeout=240):
     accelerate = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
     return subprocess.run(
@@ -60,7 +62,7 @@ def launch(*args, processes=1):
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=timeout,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
 
@@ -107,6 +109,13 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("approx.0.sparsity=0.5", "unknown option 'sparsity'"),
         ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
         ("optimizer.lr=-1", "lr must be a finite number >= 0"),
+        ("optimizer.lr=fast", "optimizer: "),
+        ("training.nonsense=1", "TrainingArguments has no option 'nonsense'"),
+        ("max_train_samples=x", "max_train_samples must be a positive integer, got 'x'"),
+        ("model=/no/such/model", "/no/such/model"),
+        ("dataset={python: 'nowhere:load'}", "cannot load 'nowhere:load'"),
+        ("approx.0.target_modules=[nowhere]", "No module of BertForSequenceClassification matches"),
+        ("store_dtype=int4", "not 'int4'"),
         ("model=package:no_such_package/x", "'no_such_package' is not installed"),
         ("approx.7.method=x", "no place 'approx.7.method'"),
         ("nonsense", "--set needs KEY=VALUE"),
@@ -116,7 +125,62 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     code = text_classification.main(["--config", str(config), "--output_dir", str(tmp_path), "--set", override])
     assert code == 2
     assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_nothing_to_train_is_an_error(config, capsys):
+    arguments = ["--config", str(config), "--set", "baseline=false", "--set", "approx=[]"]
+    assert text_classification.main(arguments) == 2
+    assert "nothing to train" in capsys.readouterr().err
+
+
+def test_numbers_may_lack_a_point(config):
+    options = read_config(config, ["optimizer.lr=1e-3", "approx.0.target_sparsity=9e-1"])
+    assert options.avagrad().lr == 0.001
+    assert options.methods()[0].target_sparsity == 0.9
+    assert read_config(config, ["label_column=e3"]).label_column == "e3"
+
+
+def test_both_splits_share_one_table_of_classes(tmp_path):
+    for name, labels in (("train", ["bad", "good", "mixed"]), ("eval", ["mixed", "bad"]), ("odd", ["new"])):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([["text", "label"], *[["x", label] for label in labels]])
+    files = {split: str(tmp_path / f"{split}.csv") for split in ("train", "eval", "odd")}
+    config = RecipeConfig("m", {"path": "csv", "data_files": files}, ["text"], eval_split="eval")
+    data = load_data(config)
+    assert data["train"]["label"][:] == [0, 1, 2]
+    assert data["validation"]["label"][:] == [2, 0]
+    config.eval_split = "odd"
+    with pytest.raises(ConfigError, match="'odd' has the class 'new'"):
+        load_data(config)
+
+
+def test_resuming_continues_from_the_checkpoints(config, tmp_path, capsys):
+    arguments = ["--config", str(config), "--output_dir", str(tmp_path)]
+    assert text_classification.main([*arguments, "--resume"]) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err
+    saving = ["--set", "training.save_strategy=steps", "--set", "training.save_steps=4"]
+    assert text_classification.main([*arguments, *saving]) == 0
+    first = json.loads((tmp_path / "results.json").read_text())
+    for name in ("dense", "compressed"):
+        shutil.rmtree(tmp_path / f"{name}-checkpoints" / "checkpoint-10")
+    assert text_classification.main([*arguments, *saving, "--resume"]) == 0
+    again = json.loads((tmp_path / "results.json").read_text())
+    for name, row in first.items():
+        assert {**again[name], "load_seconds": 0} == {**row, "load_seconds": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_default_config_ends_within_two_points_of_dense(tmp_path):
+    config = ROOT / "recipes" / "configs" / "words_sparse90.yaml"
+    result = launch("--config", config, "--output_dir", tmp_path, timeout=1700)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["dense"]["accuracy"] > 0.92
+    assert rows["compressed"]["accuracy"] > rows["dense"]["accuracy"] - 0.02
+    assert rows["compressed"]["sparsity"] == pytest.approx(0.9, abs=1e-3)
+    assert rows["compressed"]["bytes"] < 1.1 * rows["compressed"]["bound_bytes"]
 
 
 def test_a_missing_config_is_one_line(tmp_path, capsys):

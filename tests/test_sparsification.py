@@ -1,5 +1,6 @@
 """Continuous Sparsification and gradual magnitude pruning against the published numbers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -86,13 +87,48 @@ def test_b3_temperature_is_geometric_over_the_soft_phase():
     assert method.is_final
 
 
-def test_b6_paper_mask_starts_at_exactly_one():
+@pytest.mark.parametrize("s0", [-0.3, 0.0, 0.5])
+@pytest.mark.parametrize("target", [None, 0.9])
+def test_b6_paper_mask_starts_at_exactly_one(s0, target):
     model = small_net()
     before = model(torch.ones(1, 3, 8, 8))
-    method = SparsificationConfig(preset="paper", target_modules=["0", "4"]).build()
+    method = SparsificationConfig(
+        preset="paper", initial_score=s0, target_sparsity=target, target_modules=["0", "4"]
+    ).build()
     method.attach(model)
     method.on_step(0.0)
     torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)), before)
+
+
+def test_a_preset_can_be_replaced():
+    config = dataclasses.replace(SparsificationConfig(mask_lr=0.5), preset="paper")
+    assert config.settings().scale_mask
+    assert config.settings().mask_lr == 0.5
+
+
+def test_detaching_leaves_the_model_as_it_was():
+    model = small_net()
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    method = SparsificationConfig(target_modules=["0", "4"]).build()
+    method.attach(model)
+    method.settle()
+    method.detach()
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_steering_sees_every_column():
+    """With an even stride a power-of-two width would show it the first column only."""
+    model = nn.ModuleList([nn.Linear(1024, 1024, bias=False)])
+    method = SparsificationConfig(target_sparsity=0.9).build()
+    method.attach(model)
+    with torch.no_grad():
+        method.masks[0].scores.copy_(torch.rand(1024, 1024))
+        method.masks[0].scores[:, ::4] += 100.0
+    method.on_step(0.6)
+    wanted = cubic_ramp(0.6 / 0.75, 0.9)
+    assert method.metrics()["sparsity"] == pytest.approx(wanted, abs=0.02)
 
 
 def test_paper_scale_is_folded_into_the_weight():
@@ -139,11 +175,11 @@ def test_sparsity_follows_the_ramp_during_the_soft_phase():
 
 def test_learned_scores_differ_from_magnitude():
     model = small_net()
+    original = model[4].weight.detach().clone()
     method = SparsificationConfig(target_sparsity=0.5, target_modules=["4"], mask_lr=0.05).build()
     method.attach(model)
     list(drive(model, method, steps=40))
-    weight = model[4].parametrizations.weight.original.detach()
-    by_magnitude = global_top_k([weight.abs()], weight.numel() // 2)[0]
+    by_magnitude = global_top_k([original.abs()], original.numel() // 2)[0]
     assert (by_magnitude != (method.masks[0].scores > 0)).any()
 
 

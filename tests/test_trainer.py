@@ -10,6 +10,7 @@ from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     Seq2SeqTrainingArguments,
+    Trainer,
     TrainerCallback,
 )
 
@@ -231,6 +232,7 @@ def test_resuming_with_other_methods_is_refused(tmp_path):
     for approx in (
         MagnitudePruningConfig(target_sparsity=0.8),
         SparsificationConfig(target_sparsity=0.8, target_modules=["query"]),
+        SparsificationConfig(target_sparsity=0.8, preset="paper"),
         (),
     ):
         with pytest.raises(ValueError, match="Cannot resume"):
@@ -293,11 +295,132 @@ def test_without_methods_it_is_an_ordinary_trainer(tmp_path):
 
 def test_a_bad_method_leaves_the_model_as_it_was(tmp_path):
     model = build("bert")
-    before = {name: id(param) for name, param in model.named_parameters()}
+    before = weights(model)
     bad = [SparsificationConfig(), MagnitudePruningConfig(target_modules=["query"])]
     with pytest.raises(ValueError, match="already parametrized"):
         ApproxTrainer(model=model, args=arguments(tmp_path), approx=bad)
-    assert {name: id(param) for name, param in model.named_parameters()} == before
+    assert_same_weights(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"approx": [{"method": "sparsification"}]}, "must hold method configs"),
+        ({"approx": CS, "store_dtype": "int8"}, "not 'int8'"),
+        ({"approx": CS, "model_init": lambda: build("bert"), "model": None}, "model_init would replace"),
+    ],
+    ids=["approx", "store_dtype", "model_init"],
+)
+def test_impossible_arguments_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        ApproxTrainer(**{"model": build("bert"), "args": arguments(tmp_path), **options})
+
+
+def test_an_optimizer_of_the_users_own_leaves_the_scores_to_adam(tmp_path):
+    model = no_dropout()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = ApproxTrainer(
+        model=model,
+        args=arguments(tmp_path),
+        train_dataset=dataset("bert"),
+        approx=SparsificationConfig(target_sparsity=None),
+        optimizers=(optimizer, scheduler),
+    )
+    before = trainer.methods[0].masks[0].scores.detach().clone()
+    seen = []
+    trainer.add_callback(Seen(lambda: seen.append(trainer.methods[0].masks[0].scores.detach() - before)))
+    trainer.train()
+    assert seen[2].abs().max() > 1e-3
+
+
+class Seen(TrainerCallback):
+    """Calls a function after every step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()
+
+
+def test_frozen_weights_can_be_pruned(tmp_path):
+    model = no_dropout()
+    for param in model.bert.encoder.layer[0].parameters():
+        param.requires_grad_(False)
+    trainer = make_trainer("bert", tmp_path, approx=CS, model=model)
+    trainer.train()
+    assert sparsity(trainer) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_value_too_large_for_half_precision_is_kept_in_its_own_dtype(tmp_path):
+    model = no_dropout()
+    model.classifier.bias.data[0] = 1e6
+    trainer = make_trainer("bert", tmp_path, approx=CS, model=model, max_steps=4)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert_same_weights(weights(loaded), weights(trainer.model))
+    assert loaded.classifier.bias[0] > 65504
+
+
+def packed_model(tmp_path):
+    train(tmp_path / "first").save_model(tmp_path / "packed")
+    return AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+
+
+@pytest.mark.parametrize("approx", [(), SparsificationConfig(target_sparsity=0.9)], ids=["finetune", "sparser"])
+def test_training_a_loaded_model_resumes_exactly_and_saves_packed_again(tmp_path, approx):
+    def trainer(folder):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+        return make_trainer("bert", folder, model=model, approx=approx, save_strategy="steps", save_steps=1)
+
+    zeros = packed_model(tmp_path).bert.encoder.layer[0].output.dense.weight == 0
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    crashed = trainer(tmp_path / "crashed")
+    crashed.add_callback(CrashAt(4))
+    with pytest.raises(SimulatedCrashError):
+        crashed.train()
+    resumed = trainer(tmp_path / "crashed")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    after = resumed.model.bert.encoder.layer[0].output.dense.weight == 0
+    assert torch.equal(after | zeros, after)
+    resumed.save_model(tmp_path / "again")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    assert_same_weights(weights(loaded), weights(resumed.model))
+    assert "quantization_config" in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_the_best_checkpoint_of_a_loaded_model_can_be_loaded(tmp_path):
+    trainer = make_trainer(
+        "bert",
+        tmp_path / "run",
+        model=packed_model(tmp_path),
+        eval_dataset=dataset("bert", 8),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert sparsity(trainer) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_plain_trainer_says_how_to_resume_a_packed_model(tmp_path):
+    def trainer():
+        return Trainer(
+            packed_model(tmp_path),
+            arguments(tmp_path / "run", save_strategy="steps", save_steps=2),
+            None,
+            dataset("bert"),
+        )
+
+    trainer().train()
+    with pytest.raises(ValueError, match=r"use ApproxTrainer, or call model\.dequantize"):
+        trainer().train(resume_from_checkpoint=True)
 
 
 def test_a_model_that_is_no_pretrained_model_ends_with_real_zeros(tmp_path):

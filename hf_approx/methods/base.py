@@ -87,6 +87,14 @@ class Method(ABC):
     def settle(self) -> None:
         """Fix the compressed structure now, whatever the schedule says."""
 
+    def detach(self) -> None:
+        """Take the method off again: every weight is what the optimizer trained, unmasked."""
+        for module in self.modules.values():
+            weight = trained_weight(module).clone()
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            module.get_parameter("weight").data.copy_(weight)
+        self.modules, self.parametrizations = {}, {}
+
     def finalize(self) -> list[str]:
         """Bake the method into plain weights; returns the names of the parameters it compressed."""
         if not self.is_final:

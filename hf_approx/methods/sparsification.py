@@ -17,7 +17,7 @@ QUANTILE_SAMPLE = 1 << 18
 """Scores that steer the sparsity during training; the final mask ranks all of them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Starts from the intact pretrained function: no rescaling, masks near one for the weights that matter.
+    # Starts close to the pretrained function: no rescaling, masks near one for all but the smallest weights.
     "pretrained": {
         "initial_score": 0.5,
         "score_init": "magnitude",
@@ -36,6 +36,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_lr": 1e-2,
     },
 }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a preset decides."""
+
+    initial_score: float
+    score_init: str
+    scale_mask: bool
+    initial_temperature: float
+    soft_fraction: float
+    mask_lr: float
 
 
 @dataclass
@@ -78,32 +90,32 @@ class SparsificationConfig(MethodConfig):
         where = "SparsificationConfig"
         if self.preset not in PRESETS:
             raise ValueError(f"{where}: preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        assert self.initial_temperature is not None
-        assert self.soft_fraction is not None
-        assert self.mask_lr is not None
+        settings = self.settings()
         if self.target_sparsity is not None:
             check_fraction(where, "target_sparsity", self.target_sparsity)
-        check_fraction(where, "soft_fraction", self.soft_fraction)
-        if not 0 < self.initial_temperature <= self.final_temperature < math.inf:
+        check_fraction(where, "soft_fraction", settings.soft_fraction)
+        if not 0 < settings.initial_temperature <= self.final_temperature < math.inf:
             raise ValueError(
                 f"{where}: needs 0 < initial_temperature <= final_temperature, got "
-                f"{self.initial_temperature} and {self.final_temperature}."
+                f"{settings.initial_temperature} and {self.final_temperature}."
             )
-        for name in ("mask_lr", "penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{where}: {name} must be a finite number >= 0, got {getattr(self, name)}.")
-        if not math.isfinite(self.initial_score or 0.0):
-            raise ValueError(f"{where}: initial_score must be finite, got {self.initial_score}.")
-        if self.score_init not in ("constant", "magnitude"):
-            raise ValueError(f"{where}: score_init must be 'constant' or 'magnitude', got {self.score_init!r}.")
-        if self.score_init == "magnitude" and (self.scale_mask or (self.initial_score or 0.0) <= 0):
+        for name, value in (("mask_lr", settings.mask_lr), ("penalty", self.penalty)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite number >= 0, got {value}.")
+        if not math.isfinite(settings.initial_score):
+            raise ValueError(f"{where}: initial_score must be finite, got {settings.initial_score}.")
+        if settings.score_init not in ("constant", "magnitude"):
+            raise ValueError(f"{where}: score_init must be 'constant' or 'magnitude', got {settings.score_init!r}.")
+        if settings.score_init == "magnitude" and (settings.scale_mask or settings.initial_score <= 0):
             raise ValueError(
                 f"{where}: score_init='magnitude' needs initial_score > 0 and scale_mask=False, since 1/sigmoid(s0) "
                 "makes the mask one only where every score is s0."
             )
+
+    def settings(self) -> "Settings":
+        """The preset's values, with the fields that were given in their place."""
+        given = {name: getattr(self, name) for name in PRESETS[self.preset]}
+        return Settings(**{name: PRESETS[self.preset][name] if v is None else v for name, v in given.items()})
 
     def build(self) -> "ContinuousSparsification":
         """The method this config describes."""
@@ -141,6 +153,7 @@ class ContinuousSparsification(Method):
     def __init__(self, config: SparsificationConfig) -> None:
         super().__init__()
         self._config = config
+        self._settings = config.settings()
         self._settled = False
         self._learned_sparsity: float | None = None
         self._force = 0.0
@@ -157,29 +170,29 @@ class ContinuousSparsification(Method):
 
     def parametrization(self, weight: Tensor) -> SigmoidMask:
         """A mask whose scores start as the config says."""
-        config = self._config
-        s0 = float(config.initial_score or 0.0)
+        settings = self._settings
+        s0 = settings.initial_score
         size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
-        if config.score_init == "magnitude":
+        if settings.score_init == "magnitude":
             scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         else:
             scores = torch.full_like(size, s0)
-        scale = 1 + math.exp(-s0) if config.scale_mask else 1.0
-        return SigmoidMask(scores, float(config.initial_temperature or 1.0), scale)
+        scale = 1 + math.exp(-s0) if settings.scale_mask else 1.0
+        return SigmoidMask(scores, settings.initial_temperature, scale)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scores, at the mask learning rate."""
-        return [{"params": [mask.scores for mask in self.masks], "lr": self._config.mask_lr}]
+        return [{"params": [mask.scores for mask in self.masks], "lr": self._settings.mask_lr}]
 
     def on_step(self, progress: float) -> None:
         """Set the temperature, beta_0 (beta_T / beta_0)^x, and steer the scores; harden after the soft phase."""
         if self._settled:
             return
-        config, soft = self._config, float(self._config.soft_fraction or 0.0)
+        config, soft = self._config, self._settings.soft_fraction
         if progress >= soft:
             self.settle()
             return
-        start = float(config.initial_temperature or 1.0)
+        start = self._settings.initial_temperature
         beta = start * (config.final_temperature / start) ** (progress / soft)
         for mask in self.masks:
             mask.temperature.fill_(beta)

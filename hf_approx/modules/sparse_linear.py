@@ -63,8 +63,9 @@ class SparseLinear(nn.Module):
         self.register_buffer("weight", to_csr(positions, values.to(dtype), (rows, columns)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        y = torch.sparse.mm(self.weight, x.reshape(-1, self.in_features).T).T
+        """(..., in) -> (..., out), in the weight's dtype under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            y = torch.sparse.mm(self.weight, x.reshape(-1, self.in_features).to(self.weight.dtype).T).T
         if self.bias is not None:
             y = y + self.bias
         return y.reshape(*x.shape[:-1], self.out_features)

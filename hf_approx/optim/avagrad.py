@@ -13,13 +13,15 @@ from hf_approx.optim.kernels import Batch, pieces, squared_norm
 class AvaGrad(Optimizer):
     r"""AvaGrad, and AvaGradW with `decoupled_weight_decay=True`.
 
-    With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that move:
+    With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that have a gradient:
 
         w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
 
     so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
     searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
-    size. The second moment is one step old, so rates do not depend on the gradient they multiply.
+    size. The second moment is one step old, so rates do not depend on the gradient they multiply. Weights whose
+    gradient is always zero (rows of an embedding, pruned weights) count with the largest rate, 1 / eps: an eps far
+    below the other gradients then leaves those almost no step.
 
     Args:
         params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
@@ -56,9 +58,6 @@ class AvaGrad(Optimizer):
         maximize: bool = False,
         foreach: bool = True,
     ) -> None:
-        self.variant = variant
-        self.gamma_scope = resolve_gamma_scope(variant, gamma_scope)
-        self.foreach = foreach
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -66,6 +65,9 @@ class AvaGrad(Optimizer):
             "weight_decay": weight_decay,
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
+            "variant": variant,
+            "gamma_scope": resolve_gamma_scope(variant, gamma_scope),
+            "foreach": foreach,
             "gamma": None,
         }
         super().__init__(params, defaults)
@@ -77,7 +79,17 @@ class AvaGrad(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; the moments of half-precision parameters stay float32, as they were saved."""
+        """Restore a state; the moments of half-precision parameters stay float32, as they were saved.
+
+        Raises:
+            ValueError: The state was saved by another variant.
+        """
+        variants = {group.get("variant") for group in state_dict["param_groups"]}
+        if variants != {self.defaults["variant"]}:
+            raise ValueError(
+                f"AvaGrad: the state was saved with variant {', '.join(map(repr, variants))}, this optimizer has "
+                f"{self.defaults['variant']!r}."
+            )
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
@@ -96,7 +108,7 @@ class AvaGrad(Optimizer):
                 loss = closure()
 
         batches = [batch for group in self.param_groups for batch in self._gather(group)]
-        if self.variant == "reference":
+        if self.defaults["variant"] == "reference":
             self._step_reference(batches)
         else:
             self._step_same_gamma(batches)
@@ -104,16 +116,16 @@ class AvaGrad(Optimizer):
 
     def _gather(self, group: dict[str, Any]) -> list[Batch]:
         """The group's parameters that have a gradient, in batches one multi-tensor call can take."""
+        if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+            raise RuntimeError(
+                "AvaGrad: a gradient is sparse; build the embedding with sparse=False, "
+                "or give those parameters to torch.optim.SparseAdam."
+            )
         done: list[Batch] = []
         open_batches: dict[tuple[Any, ...], Batch] = {}
         for index, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
-            if param.grad.is_sparse:
-                raise RuntimeError(
-                    "AvaGrad: a gradient is sparse; build the embedding with sparse=False, "
-                    "or give those parameters to torch.optim.SparseAdam."
-                )
             state = self.state[param]
             if not state:
                 dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
@@ -123,9 +135,9 @@ class AvaGrad(Optimizer):
             state["step"] += 1
             # Ordinary tensors share batches; anything else (a DTensor, say) has batches of its own mesh.
             kind = (type(param.data), getattr(param, "device_mesh", None), param.device, param.dtype)
-            key: tuple[Any, ...] = (*kind, state["step"]) if self.foreach else (index,)
+            key: tuple[Any, ...] = (*kind, state["step"]) if self.defaults["foreach"] else (index,)
             whole = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-            for piece in pieces(whole) if self.foreach else [whole]:
+            for piece in pieces(whole) if self.defaults["foreach"] else [whole]:
                 batch = open_batches.setdefault(key, Batch(group, state["step"]))
                 batch.append(*piece)
                 if batch.is_full:
@@ -134,7 +146,7 @@ class AvaGrad(Optimizer):
 
     def _step_same_gamma(self, batches: list[Batch]) -> None:
         """`exact` and `paper`: gamma normalises the rates of this very step."""
-        corrected = self.variant == "exact"
+        corrected = self.defaults["variant"] == "exact"
         moving = [batch for batch in batches if batch.step > 1 or not corrected]
         gammas = self._gammas(moving, offset=-1 if corrected else None)
         for batch in batches:
@@ -161,7 +173,7 @@ class AvaGrad(Optimizer):
             batch.group["gamma"] = float(gammas[self._scope_key(batch)])
 
     def _scope_key(self, batch: Batch) -> int:
-        return id(batch.group) if self.gamma_scope == "group" else 0
+        return id(batch.group) if self.defaults["gamma_scope"] == "group" else 0
 
     def _gammas(self, batches: list[Batch], offset: int | None) -> dict[int, torch.Tensor]:
         """sqrt(d) / ||eta|| for each scope, summed in float64; rates are corrected for step + offset."""

@@ -22,9 +22,26 @@ class CompositeOptimizer(Optimizer):
         params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         if not params or len({id(p) for p in params}) != len(params):
             raise ValueError("CompositeOptimizer: needs parameters, each in exactly one of its optimizers.")
-        self.optimizers = optimizers
         super().__init__(params, {})
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.optimizers = optimizers
+        self._collect_groups()
+
+    def _collect_groups(self) -> None:
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        CompositeOptimizer.__init__(self, *state["optimizers"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the first optimizer."""
+        if not hasattr(self, "optimizers"):  # the base class is collecting what the parts have already
+            super().add_param_group(param_group)
+            return
+        self.optimizers[0].add_param_group(param_group)
+        self._collect_groups()
 
     @property  # type: ignore[override]
     def state(self) -> dict[torch.Tensor, Any]:
@@ -68,4 +85,4 @@ class CompositeOptimizer(Optimizer):
             )
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self._collect_groups()

@@ -37,6 +37,8 @@ def resolve_gamma_scope(variant: str, scope: str | None) -> str:
 class AvaGradConfig:
     """What `ApproxTrainer(optimizer=...)` needs to build [`AvaGrad`].
 
+    The learning rate and the weight decay of `TrainingArguments` are Adam's, and are not used then.
+
     Raises:
         ValueError: If a value is not finite or out of range.
     """
@@ -51,7 +53,7 @@ class AvaGradConfig:
     )
     weight_decay: float = field(default=0.0, metadata={"help": "Decay of weights that are neither norms nor biases."})
     decoupled_weight_decay: bool = field(
-        default=True, metadata={"help": "Shrink weights directly (AvaGradW), not by L2."}
+        default=False, metadata={"help": "Shrink weights directly (AvaGradW), not by L2."}
     )
     variant: Variant = field(default="exact", metadata={"help": "'exact', 'reference' or 'paper'."})
     gamma_scope: GammaScope | None = field(

@@ -34,7 +34,7 @@ def dtype_from_name(name: str) -> torch.dtype:
     Raises:
         ValueError: The format does not store this dtype.
     """
-    if name not in DTYPES:
+    if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"Packed weights are stored as {', '.join(DTYPES)}, not {name!r}.")
     return DTYPES[name]
 

@@ -1,111 +1,31 @@
 """The transformers hook: packed weights load with `from_pretrained` and save with `save_pretrained`."""
 
 import logging
-import weakref
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Container
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers import auto as quantizer_registry
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
+from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name, pack, unpack
 
 logger = logging.getLogger(__name__)
 
-QUANT_METHOD = "hf_approx"
-FORMAT_VERSION = 1
 NO_OFFLOAD = "hf_approx cannot decode weights offloaded to disk or CPU; choose a device_map without offloading."
-Runtime = Literal["dense", "packed"]
-
-
-@register_quantization_config(QUANT_METHOD)
-class ApproxConfig(QuantizationConfigMixin):
-    """What `config.json` says under `quantization_config`; also how to choose the runtime when loading.
-
-    Args:
-        tensors: How each packed weight is stored, by parameter name.
-        store_dtype: Dtype of every stored weight, or None to store them as they are.
-        runtime: `"dense"`: decode while loading; full speed, trainable, zeros stay zero. `"packed"`: keep
-            sparse linear layers packed and multiply by their CSR form (CPU inference). Never saved.
-        format_version: Version of the format that was written.
-        training: True in a checkpoint of unfinished training, which cannot be loaded as a model.
-
-    Raises:
-        PackedFormatError: The file was written by a newer version, or an entry is impossible.
-        ValueError: An option is unknown.
-    """
-
-    def __init__(
-        self,
-        tensors: dict[str, Any] | None = None,
-        store_dtype: str | None = None,
-        runtime: Runtime = "dense",
-        format_version: int = FORMAT_VERSION,
-        training: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        if format_version != FORMAT_VERSION:
-            raise PackedFormatError(
-                f"This checkpoint has hf_approx format version {format_version!r}; this hf_approx reads version "
-                f"{FORMAT_VERSION}. Upgrade hf_approx."
-            )
-        if runtime not in ("dense", "packed"):
-            raise ValueError(f"ApproxConfig: runtime must be 'dense' or 'packed', got {runtime!r}.")
-        if store_dtype is not None:
-            dtype_from_name(store_dtype)
-        if not isinstance(tensors or {}, dict):
-            raise PackedFormatError("ApproxConfig: tensors must map parameter names to entries.")
-        self.tensors = {
-            name: spec if isinstance(spec, TensorSpec) else TensorSpec.from_dict(name, spec)
-            for name, spec in (tensors or {}).items()
-        }
-        self.store_dtype = store_dtype
-        self.runtime = runtime
-        self.format_version = format_version
-        self.training = bool(training)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in `config.json`."""
-        data = {
-            "quant_method": QUANT_METHOD,
-            "format_version": self.format_version,
-            "store_dtype": self.store_dtype,
-            "tensors": {name: spec.to_dict() for name, spec in self.tensors.items()},
-        }
-        return {**data, "training": True} if self.training else data
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """What the caller of `from_pretrained` decides, whatever the file says."""
-        return {"runtime": self.runtime}
-
-
-# transformers keeps the classes whose loading attributes may be overridden in a tuple with no way to register.
-quantizer_registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ApproxConfig,)  # type: ignore[assignment]
 
 
 def keep_own_names(model: PreTrainedModel) -> None:
     """Make `save_pretrained` write parameters under the names they have, not those of the model's first release."""
     # An empty list of conversions; without the attribute transformers looks them up.
     model._weight_conversions = []  # type: ignore[assignment]
-
-
-def keep_zeros(param: nn.Parameter) -> None:
-    """Zero the gradient of weights that are zero, so training with any optimizer keeps them zero."""
-    reference = weakref.ref(param)
-
-    def mask_gradient(grad: Tensor) -> Tensor:
-        weight = reference()
-        return grad if weight is None else grad.masked_fill(weight == 0, 0)
-
-    param.register_hook(mask_gradient)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -157,14 +77,19 @@ class ApproxQuantizer(HfQuantizer):
         config = self.quantization_config
         _check_files(checkpoint_files or [], config.tensors)
         params = dict(model.named_parameters(remove_duplicate=False))
+        lost = [name for name, spec in config.tensors.items() if not _own_names({name: spec}, model, params)]
+        if lost and type(model).__name__ in (model.config.architectures or ()):
+            raise PackedFormatError(f"Packed weight '{lost[0]}' does not exist in {type(model).__name__}.")
         config.tensors = _own_names(config.tensors, model, params)
+        plan = model._get_dtype_plan(kwargs.get("dtype") or model.dtype)
         for name, spec in config.tensors.items():
             if tuple(params[name].shape) != spec.shape:
                 raise PackedFormatError(
                     f"Packed weight '{name}': the file says shape {list(spec.shape)}, "
                     f"the model has {list(params[name].shape)}."
                 )
-            self._dtypes[name] = params[name].dtype
+            kept_wide = plan and build_glob_alternation(list(plan))[0].search(name)
+            self._dtypes[name] = torch.float32 if kept_wide else params[name].dtype
         for name, spec in config.tensors.items():
             packed = torch.empty(spec.nbytes, dtype=torch.uint8, device="meta")
             _replace(model, params[name], nn.Parameter(packed, requires_grad=False))
@@ -183,9 +108,18 @@ class ApproxQuantizer(HfQuantizer):
                 dense = nn.Parameter(unpack(packed.data, spec, self._dtypes[name]))
             except PackedFormatError as error:
                 raise PackedFormatError(f"Packed weight '{name}' is damaged: {error}.") from None
-            keep_zeros(dense)
+            mask_gradient(dense)
             _replace(model, packed, dense)
+        self.settle(model)
         return model
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Make the model an ordinary one that saves through this quantizer, and its base model too."""
+        for part in {model, model.base_model}:
+            part.hf_quantizer = self  # type: ignore[assignment]
+            # Decoded weights are cast and trained like any others; transformers refuses both for quantized models.
+            part.is_quantized = self.quantization_config.runtime == "packed"  # type: ignore[assignment]
+            part.register_load_state_dict_pre_hook(_refuse_packed_state)
 
     def _runs_packed(self, model: PreTrainedModel, name: str, spec: TensorSpec) -> bool:
         module = model.get_submodule(name.rpartition(".")[0])
@@ -211,27 +145,42 @@ class ApproxQuantizer(HfQuantizer):
         """The tensors to write: packed weights as bytes, the others in the stored dtype."""
         config = self.quantization_config
         dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
+        tensors = model.state_dict(keep_vars=True)
+        specs = _own_names(config.tensors, model, tensors)
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         state: dict[str, Tensor] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            spec = config.tensors.get(name)
+        for name, tensor in tensors.items():
+            spec = specs.get(name)
             if id(tensor) not in done:
                 if spec is not None and tensor.dtype != torch.uint8:
                     done[id(tensor)] = pack(tensor, dtype)
                 elif dtype is not None and name in params and tensor.is_floating_point():
-                    done[id(tensor)] = (_rounded(name, tensor.detach(), dtype), None)
+                    done[id(tensor)] = (rounded(name, tensor.detach(), dtype), None)
                 else:
                     done[id(tensor)] = (tensor.detach(), spec)
             state[name], written = done[id(tensor)]
             if spec is not None and written is not None:
-                config.tensors[name] = written
+                if written.nnz > spec.nnz + spec.numel // 100:
+                    logger.warning(
+                        "'%s' had %.1f %% zeros when it was loaded and has %.1f %% now. Training keeps zeros unless "
+                        "the model was copied: call hf_approx.keep_zeros on the copy.",
+                        name,
+                        100 * (1 - spec.nnz / spec.numel),
+                        100 * (1 - written.nnz / spec.numel),
+                    )
+                specs[name] = written
+        # The config is written after this, so it always describes exactly what is in the file.
+        config.tensors = specs
         keep_own_names(model)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.quantization_config.runtime == "packed":
             raise ValueError("Load the model with runtime='dense' to write a dense checkpoint.")
+        base = model.base_model
+        if base is not model and hasattr(base, "hf_quantizer"):
+            del base.hf_quantizer
         return model
 
     def is_serializable(self) -> bool:
@@ -254,29 +203,43 @@ class ApproxQuantizer(HfQuantizer):
         return self.quantization_config.runtime == "dense"
 
 
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype)
-    if bool((rounded.isinf() & tensor.isfinite()).any()):
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`; raises `ValueError` if a finite value becomes infinite."""
+    result = tensor.to(dtype)
+    if bool((result.isinf() & tensor.isfinite()).any()):
         raise ValueError(f"'{name}' has a value that does not fit {dtype}; store bfloat16.")
-    return rounded
+    return result
 
 
 def _own_names(
-    tensors: dict[str, TensorSpec], model: PreTrainedModel, params: dict[str, Any]
+    tensors: dict[str, TensorSpec], model: PreTrainedModel, existing: Container[str]
 ) -> dict[str, TensorSpec]:
-    """The entries under the names this class has: a base model lacks the prefix a model with a head has.
+    """The entries under the names this model has: a base model lacks the prefix a model with a head has.
 
-    Entries for parameters that only the saved class has (its head, say) are left out, as transformers does.
+    A tied weight is named as the one of its names that transformers writes. Entries for parameters the model
+    does not have (the head of another class, a layer that was removed) are left out.
     """
     prefix = f"{model.base_model_prefix}."
+    tied = model.all_tied_weights_keys
     own = {}
     for name, spec in tensors.items():
-        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in params), None)
+        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in existing), None)
         if found is not None:
-            own[found] = spec
-        elif type(model).__name__ in (model.config.architectures or ()):
-            raise PackedFormatError(f"Packed weight '{name}' does not exist in {type(model).__name__}.")
+            own[tied.get(found, found)] = spec
     return own
+
+
+def _refuse_packed_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Say what to do where `load_state_dict`, which has no config to decode with, would report wrong shapes."""
+    config = getattr(module.config, "quantization_config", None)
+    for name in getattr(config, "tensors", ()):
+        tensor = state_dict.get(prefix + name)
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.uint8 and tensor.dim() == 1:
+            raise ValueError(
+                f"'{name}' is packed, and only from_pretrained unpacks. To resume a Trainer from its checkpoints, or "
+                "to load the best of them, use ApproxTrainer, or call model.dequantize() before training and "
+                "hf_approx.attach_packing(model, names) after it."
+            )
 
 
 def _check_files(files: list[str], tensors: dict[str, TensorSpec]) -> None:
@@ -299,56 +262,3 @@ def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
         for name, param in module._parameters.items():
             if param is old:
                 module._parameters[name] = new
-
-
-def attach_packing(
-    model: PreTrainedModel, names: Iterable[str], store_dtype: str | None = "float16"
-) -> dict[str, TensorSpec]:
-    """Make `model.save_pretrained` write the named weights packed; the model in memory equals what is saved.
-
-    Every floating-point parameter is rounded to `store_dtype` in place (its own dtype stays), so the loaded
-    model computes bit for bit what this one does. Weights that would not get smaller stay as they are.
-
-    Args:
-        model: A model whose weights are final.
-        names: Names of the parameters to pack, as in `named_parameters()`.
-        store_dtype: `"float16"`, `"bfloat16"`, `"float32"` or None to keep each parameter's own.
-
-    Returns:
-        How each packed weight is stored.
-
-    Raises:
-        ValueError: A name is no parameter, or a value overflows the stored dtype. The model is unchanged.
-    """
-    params = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in names if name not in params]
-    if unknown:
-        raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
-    dtype = dtype_from_name(store_dtype) if store_dtype else None
-    rounded = {}
-    for name, param in params.items():
-        if id(param) not in rounded and param.is_floating_point():
-            value = param.detach() if dtype is None else _rounded(name, param.detach(), dtype).to(param.dtype)
-            rounded[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
-    specs = {}
-    for name in names:
-        value = rounded[id(params[name])][1]
-        spec = pack(value, dtype)[1]
-        if spec.nbytes < value.numel() * (dtype or value.dtype).itemsize:
-            specs[name] = spec
-    with torch.no_grad():
-        for param, value in rounded.values():
-            param.copy_(value)
-    for name in specs:
-        keep_zeros(params[name])
-
-    config = ApproxConfig(tensors=specs, store_dtype=store_dtype)
-    attributes: dict[str, Any] = {
-        "hf_quantizer": ApproxQuantizer(config, pre_quantized=True),
-        "is_quantized": True,
-        "quantization_method": QUANT_METHOD,
-    }
-    for name, value in attributes.items():
-        setattr(model, name, value)
-    model.config.quantization_config = config
-    return specs

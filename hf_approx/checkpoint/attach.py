@@ -1,0 +1,58 @@
+"""Making a model in memory one that saves packed."""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
+from hf_approx.checkpoint.zeros import keep_zeros
+from hf_approx.packing import TensorSpec, dtype_from_name, pack
+
+
+def attach_packing(
+    model: PreTrainedModel, names: Iterable[str], store_dtype: str | None = "float16"
+) -> dict[str, TensorSpec]:
+    """Make `model.save_pretrained` write the named weights packed; the model in memory equals what is saved.
+
+    Every floating-point parameter is rounded to `store_dtype` in place (its own dtype stays), so the loaded
+    model computes bit for bit what this one does. Weights that would not get smaller stay as they are.
+
+    Args:
+        model: A model whose weights are final.
+        names: Names of the parameters to pack, as in `named_parameters()`.
+        store_dtype: `"float16"`, `"bfloat16"`, `"float32"` or None to keep each parameter's own.
+
+    Returns:
+        How each packed weight is stored.
+
+    Raises:
+        ValueError: A name is no parameter, or a value overflows the stored dtype. The model is unchanged.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    names = list(names)
+    unknown = [name for name in names if name not in params]
+    if unknown:
+        raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
+    dtype = dtype_from_name(store_dtype) if store_dtype else None
+    new = {}
+    for name, param in params.items():
+        if id(param) not in new and param.is_floating_point():
+            value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
+            new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
+    specs = {}
+    for name in dict.fromkeys(model.all_tied_weights_keys.get(name, name) for name in names):
+        value = new[id(params[name])][1]
+        spec = pack(value, dtype)[1]
+        if spec.nbytes < value.numel() * (dtype or value.dtype).itemsize:
+            specs[name] = spec
+    with torch.no_grad():
+        for param, value in new.values():
+            param.copy_(value)
+    config = ApproxConfig(tensors=specs, store_dtype=store_dtype)
+    model.config.quantization_config = config
+    model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
+    ApproxQuantizer(config, pre_quantized=True).settle(model)
+    keep_zeros(model)
+    return specs

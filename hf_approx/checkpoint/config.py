@@ -1,0 +1,82 @@
+"""What `config.json` says about a packed checkpoint."""
+
+from typing import Any, Literal
+
+from transformers.quantizers import auto as quantizer_registry
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name
+
+QUANT_METHOD = "hf_approx"
+FORMAT_VERSION = 1
+Runtime = Literal["dense", "packed"]
+
+
+@register_quantization_config(QUANT_METHOD)
+class ApproxConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of `config.json`; also how to choose the runtime when loading.
+
+    Args:
+        tensors: How each packed weight is stored, by parameter name.
+        store_dtype: Dtype of every stored weight, or None to store them as they are.
+        runtime: `"dense"`: decode while loading; full speed, trainable, zeros stay zero. `"packed"`: keep
+            sparse linear layers packed and multiply by their CSR form (CPU inference). Never saved.
+        format_version: Version of the format that was written.
+        training: True in a checkpoint of unfinished training, which cannot be loaded as a model.
+
+    Raises:
+        PackedFormatError: The file was written by a newer version, or an entry is impossible.
+        ValueError: An option is unknown or has an unknown value.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Any] | None = None,
+        store_dtype: str | None = None,
+        runtime: Runtime = "dense",
+        format_version: int = FORMAT_VERSION,
+        training: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        if format_version != FORMAT_VERSION:
+            raise PackedFormatError(
+                f"This checkpoint has hf_approx format version {format_version!r}; this hf_approx reads version "
+                f"{FORMAT_VERSION}. Upgrade hf_approx."
+            )
+        unknown = set(kwargs) - {"quant_method"}
+        if unknown:
+            raise ValueError(f"ApproxConfig: unknown option {min(unknown)!r}.")
+        if runtime not in ("dense", "packed"):
+            raise ValueError(f"ApproxConfig: runtime must be 'dense' or 'packed', got {runtime!r}.")
+        if store_dtype is not None:
+            dtype_from_name(store_dtype)
+        if not isinstance(tensors or {}, dict):
+            raise PackedFormatError("ApproxConfig: tensors must map parameter names to entries.")
+        self.tensors = {
+            name: spec if isinstance(spec, TensorSpec) else TensorSpec.from_dict(name, spec)
+            for name, spec in (tensors or {}).items()
+        }
+        self.store_dtype = store_dtype
+        self.runtime = runtime
+        self.format_version = format_version
+        self.training = bool(training)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in `config.json`."""
+        data = {
+            "quant_method": QUANT_METHOD,
+            "format_version": self.format_version,
+            "store_dtype": self.store_dtype,
+            "tensors": {name: spec.to_dict() for name, spec in self.tensors.items()},
+        }
+        return {**data, "training": True} if self.training else data
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What the caller of `from_pretrained` decides, whatever the file says."""
+        return {"runtime": self.runtime}
+
+
+# transformers keeps the classes whose loading attributes may be overridden in a tuple with no way to register.
+quantizer_registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ApproxConfig,)  # type: ignore[assignment]
