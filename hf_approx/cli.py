@@ -90,8 +90,13 @@ def decompress(source: Source, output: Output) -> None:
     """Write a packed checkpoint as an ordinary transformers checkpoint."""
     _check_output(output)
     folder = find_checkpoint(source, everything=True)
-    if read_packing(folder) is None:
+    packing = read_packing(folder)
+    if packing is None:
         raise ValueError(f"'{source}' is not packed.")
+    if packing.structure is not None:
+        raise ValueError(
+            f"'{source}' has layers of sizes that its architecture's config cannot express: only hf_approx loads it."
+        )
     model = _load(folder)
     model.dequantize()
     _write(model, folder, output)

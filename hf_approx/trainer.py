@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.packing import dtype_from_name
+from hf_approx.packing import TensorSpec, dtype_from_name
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ class ApproxTrainerMixin:
         """Train a packed model as an ordinary one: its checkpoints are exact then, and `finalize` packs it again."""
         model = self._plain_model
         if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
-            self._repack = list(model.config.quantization_config.tensors)
+            config = model.config.quantization_config
+            smaller = (config.structure or {"shapes": {}})["shapes"]
+            self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
             model.dequantize()
 
     @property
@@ -219,9 +221,10 @@ class ApproxTrainerMixin:
         """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
         model = self._plain_model
         params = dict(model.named_parameters(remove_duplicate=False))
-        total = sum(params[name].numel() for name in names)
-        dense_bytes = sum(params[name].numel() * params[name].element_size() for name in names)
-        packed_bytes = dense_bytes
+        removed = sum(method.removed for method in self.methods)
+        total = sum(params[name].numel() for name in names) + removed
+        width = params[names[0]].element_size()
+        specs: dict[str, TensorSpec] = {}
         if isinstance(model, PreTrainedModel):
             try:
                 specs = attach_packing(model, names, self.store_dtype)
@@ -229,15 +232,16 @@ class ApproxTrainerMixin:
                 logger.warning("%s Storing every weight in its own dtype instead.", error)
                 self.store_dtype = None
                 specs = attach_packing(model, names, None)
-            stored = dtype_from_name(self.store_dtype) if self.store_dtype else None
-            packed_bytes = sum(
-                specs[name].nbytes if name in specs else params[name].numel() * (stored or params[name].dtype).itemsize
-                for name in names
-            )
         else:
             logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
+        halved = self.store_dtype is not None and hasattr(getattr(model, "config", None), "quantization_config")
+        stored = dtype_from_name(cast(str, self.store_dtype)).itemsize if halved else width
         kept = sum(int(params[name].count_nonzero()) for name in names)
-        return {"sparsity": 1 - kept / total, "dense_bytes": dense_bytes, "packed_bytes": packed_bytes}
+        return {
+            "sparsity": 1 - kept / total,
+            "dense_bytes": total * width,
+            "packed_bytes": sum(specs[n].nbytes if n in specs else params[n].numel() * stored for n in names),
+        }
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""

@@ -9,6 +9,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
 from hf_approx.checkpoint.zeros import keep_zeros
 from hf_approx.packing import TensorSpec, dtype_from_name, pack
+from hf_approx.structures import sizes_of
 
 
 def attach_packing(
@@ -17,7 +18,8 @@ def attach_packing(
     """Make `model.save_pretrained` write the named weights packed; the model in memory equals what is saved.
 
     Every floating-point parameter is rounded to `store_dtype` in place (its own dtype stays), so the loaded
-    model computes bit for bit what this one does. Weights that would not get smaller stay as they are.
+    model computes bit for bit what this one does. Weights that would not get smaller stay as they are; if none
+    would, and the model's config says the sizes of all its layers, the model is left alone and saves plain.
 
     Args:
         model: A model whose weights are final.
@@ -47,10 +49,13 @@ def attach_packing(
         spec = pack(value, dtype)[1]
         if spec.nbytes < value.numel() * (dtype or value.dtype).itemsize:
             specs[name] = spec
+    structure = sizes_of(model)
+    if not specs and structure is None:
+        return {}
     with torch.no_grad():
         for param, value in new.values():
             param.copy_(value)
-    config = ApproxConfig(tensors=specs, store_dtype=store_dtype)
+    config = ApproxConfig(tensors=specs, store_dtype=store_dtype, structure=structure)
     model.config.quantization_config = config
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
     ApproxQuantizer(config, pre_quantized=True).settle(model)

@@ -7,6 +7,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name
+from hf_approx.structures import check_description
 
 QUANT_METHOD = "hf_approx"
 FORMAT_VERSION = 1
@@ -23,6 +24,8 @@ class ApproxConfig(QuantizationConfigMixin):
         runtime: `"dense"`: decode while loading; full speed, trainable, zeros stay zero. `"packed"`: keep
             sparse linear layers packed and multiply by their CSR form (CPU inference). Never saved.
         format_version: Version of the format that was written.
+        structure: Sizes of the layers that have fewer features than the architecture's config says, as
+            `hf_approx.structures.describe` returns them; None if there are none.
         training: True in a checkpoint of unfinished training, which cannot be loaded as a model.
 
     Raises:
@@ -36,6 +39,7 @@ class ApproxConfig(QuantizationConfigMixin):
         store_dtype: str | None = None,
         runtime: Runtime = "dense",
         format_version: int = FORMAT_VERSION,
+        structure: dict[str, Any] | None = None,
         training: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -58,6 +62,12 @@ class ApproxConfig(QuantizationConfigMixin):
             name: spec if isinstance(spec, TensorSpec) else TensorSpec.from_dict(name, spec)
             for name, spec in (tensors or {}).items()
         }
+        if structure is not None:
+            try:
+                check_description(structure)
+            except ValueError as error:
+                raise PackedFormatError(str(error)) from None
+        self.structure = structure
         self.store_dtype = store_dtype
         self.runtime = runtime
         self.format_version = format_version
@@ -71,6 +81,8 @@ class ApproxConfig(QuantizationConfigMixin):
             "store_dtype": self.store_dtype,
             "tensors": {name: spec.to_dict() for name, spec in self.tensors.items()},
         }
+        if self.structure is not None:
+            data["structure"] = self.structure
         return {**data, "training": True} if self.training else data
 
     def get_loading_attributes(self) -> dict[str, Any]:

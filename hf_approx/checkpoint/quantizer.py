@@ -16,6 +16,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name, pack, unpack
+from hf_approx.structures import apply_description, set_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,11 @@ class ApproxQuantizer(HfQuantizer):
         """Check config and files against the model, then put a row of bytes in the place of each packed weight."""
         config = self.quantization_config
         _check_files(checkpoint_files or [], config.tensors)
+        if config.structure is not None:
+            try:
+                apply_description(model, config.structure)
+            except ValueError as error:
+                raise PackedFormatError(str(error)) from None
         params = dict(model.named_parameters(remove_duplicate=False))
         lost = [name for name, spec in config.tensors.items() if not _own_names({name: spec}, model, params)]
         if lost and type(model).__name__ in (model.config.architectures or ()):
@@ -116,6 +122,8 @@ class ApproxQuantizer(HfQuantizer):
     def settle(self, model: PreTrainedModel) -> None:
         """Make the model an ordinary one that saves through this quantizer, and its base model too."""
         for part in {model, model.base_model}:
+            if self.quantization_config.structure is not None:
+                set_sizes(part, self.quantization_config.structure)
             part.hf_quantizer = self  # type: ignore[assignment]
             # Decoded weights are cast and trained like any others; transformers refuses both for quantized models.
             part.is_quantized = self.quantization_config.runtime == "packed"  # type: ignore[assignment]
@@ -177,7 +185,7 @@ class ApproxQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.quantization_config.runtime == "packed":
-            raise ValueError("Load the model with runtime='dense' to write a dense checkpoint.")
+            raise ValueError("Load the model with runtime='dense' to make it plain.")
         base = model.base_model
         if base is not model and hasattr(base, "hf_quantizer"):
             del base.hf_quantizer

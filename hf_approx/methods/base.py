@@ -38,20 +38,22 @@ class Method(ABC):
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parametrizations: dict[str, nn.Module] = {}
+        self.removed = 0
 
     def attach(self, model: nn.Module) -> None:
         """Parametrize the target weights. The model is unchanged if this raises."""
-        config = self.config
-        selected = select_modules(model, config.target_modules, config.exclude)
+        selected = self.select(model)
         taken = [name for name, module in selected.items() if parametrize.is_parametrized(module, "weight")]
         if taken:
             raise ValueError(f"'{taken[0]}' is already parametrized by another method.")
-        self.parametrizations = {
-            name: self.parametrization(module.get_parameter("weight")) for name, module in selected.items()
-        }
+        self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
             parametrize.register_parametrization(module, "weight", self.parametrizations[name])
         self.modules = selected
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules to work on, by name."""
+        return select_modules(model, self.config.target_modules, self.config.exclude)
 
     @property
     @abstractmethod
@@ -59,8 +61,8 @@ class Method(ABC):
         """The config that built this object."""
 
     @abstractmethod
-    def parametrization(self, weight: Tensor) -> nn.Module:
-        """The module that turns the trained weight into the weight the layer uses."""
+    def parametrization(self, name: str, module: nn.Module) -> nn.Module:
+        """The module that turns the trained weight of a target into the weight it computes with."""
 
     @abstractmethod
     def on_step(self, progress: float) -> None:
@@ -96,7 +98,10 @@ class Method(ABC):
         self.modules, self.parametrizations = {}, {}
 
     def finalize(self) -> list[str]:
-        """Bake the method into plain weights; returns the names of the parameters it compressed."""
+        """Bake the method into plain weights; returns the names of the parameters it compressed.
+
+        `removed` then says how many more weights are gone altogether.
+        """
         if not self.is_final:
             self.settle()
         for module in self.modules.values():

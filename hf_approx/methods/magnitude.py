@@ -74,9 +74,9 @@ class MagnitudePruning(Method):
     def _masks(self) -> list[Tensor]:
         return [cast(BinaryMask, p).mask for p in self.parametrizations.values()]
 
-    def parametrization(self, weight: Tensor) -> BinaryMask:
+    def parametrization(self, name: str, module: nn.Module) -> BinaryMask:
         """A mask of ones."""
-        return BinaryMask(weight)
+        return BinaryMask(module.get_parameter("weight"))
 
     def on_step(self, progress: float) -> None:
         """Raise the sparsity along the ramp; fix the mask at its end."""

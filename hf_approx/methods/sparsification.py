@@ -10,8 +10,11 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
+from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, in_fours, layout_of
+from hf_approx.structures import Kind, Structure, express_in_config, find_structures, note_sizes, remove_units
 
 QUANTILE_SAMPLE = 1 << 18
 """Scores that steer the sparsity during training; the final mask ranks all of them."""
@@ -67,6 +70,18 @@ class SparsificationConfig(MethodConfig):
             "hardening keeps the top ones. None: plain CS, steered by the penalty and s0 alone."
         },
     )
+    granularity: Granularity = field(
+        default="weight",
+        metadata={
+            "help": "What has a score of its own: a 'weight' ('2:4': of every four inputs two stay), a 'row' or "
+            "'column' of a weight, an attention 'head' or feed-forward 'neuron'. Heads and neurons are removed at "
+            "the end: the model is smaller and faster anywhere."
+        },
+    )
+    scope: Literal["global", "layer"] | None = field(
+        default=None,
+        metadata={"help": "Rank over all layers or in each. Default: in each for heads and neurons, else over all."},
+    )
     preset: Literal["pretrained", "paper"] = field(
         default="pretrained", metadata={"help": "Where the fields left at None come from."}
     )
@@ -91,6 +106,14 @@ class SparsificationConfig(MethodConfig):
         if self.preset not in PRESETS:
             raise ValueError(f"{where}: preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
         settings = self.settings()
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"{where}: granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}."
+            )
+        if self.scope not in (None, "global", "layer"):
+            raise ValueError(f"{where}: scope must be 'global' or 'layer', got {self.scope!r}.")
+        if self.granularity == "2:4" and self.target_sparsity != 0.5:
+            raise ValueError(f"{where}: granularity '2:4' removes half: set target_sparsity=0.5.")
         if self.target_sparsity is not None:
             check_fraction(where, "target_sparsity", self.target_sparsity)
         check_fraction(where, "soft_fraction", settings.soft_fraction)
@@ -117,32 +140,14 @@ class SparsificationConfig(MethodConfig):
         given = {name: getattr(self, name) for name in PRESETS[self.preset]}
         return Settings(**{name: PRESETS[self.preset][name] if v is None else v for name, v in given.items()})
 
+    @property
+    def structured(self) -> Kind | None:
+        """The kind of structure that is removed, if it is one."""
+        return self.granularity if self.granularity in ("head", "neuron") else None
+
     def build(self) -> "ContinuousSparsification":
         """The method this config describes."""
         return ContinuousSparsification(self)
-
-
-class SigmoidMask(nn.Module):
-    """w -> sigmoid(temperature * scores) * scale * w.
-
-    Scores of plus or minus infinity give exactly one and zero and no gradient: that is the hard mask.
-    """
-
-    temperature: Tensor
-
-    def __init__(self, scores: Tensor, temperature: float, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(scores)
-        self.scale = scale
-        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
-
-    def mask(self) -> Tensor:
-        """The soft mask, scaled."""
-        return torch.sigmoid(self.temperature * self.scores) * self.scale
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Same shape and dtype as the weight."""
-        return weight * self.mask().to(weight.dtype)
 
 
 class ContinuousSparsification(Method):
@@ -154,6 +159,7 @@ class ContinuousSparsification(Method):
         super().__init__()
         self._config = config
         self._settings = config.settings()
+        self.structures: dict[str, Structure] = {}
         self._settled = False
         self._learned_sparsity: float | None = None
         self._force = 0.0
@@ -168,17 +174,28 @@ class ContinuousSparsification(Method):
         """The mask of every target, in the model's order."""
         return [cast(SigmoidMask, p) for p in self.parametrizations.values()]
 
-    def parametrization(self, weight: Tensor) -> SigmoidMask:
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The targets or, for heads and neurons, the layers that read them."""
+        kind = self._config.structured
+        if kind is None:
+            return super().select(model)
+        structures = find_structures(model, kind, self._config.target_modules, self._config.exclude)
+        self._model = model
+        self.structures = {structure.consumer.module: structure for structure in structures}
+        return {name: model.get_submodule(name) for name in self.structures}
+
+    def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
         """A mask whose scores start as the config says."""
         settings = self._settings
-        s0 = settings.initial_score
-        size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+        side = self.structures[name].consumer if name in self.structures else None
+        layout = layout_of(self._config.granularity, name, module, side)
+        s0, size = settings.initial_score, layout.sizes(module.get_parameter("weight"))
         if settings.score_init == "magnitude":
             scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         else:
             scores = torch.full_like(size, s0)
         scale = 1 + math.exp(-s0) if settings.scale_mask else 1.0
-        return SigmoidMask(scores, settings.initial_temperature, scale)
+        return SigmoidMask(scores, settings.initial_temperature, scale, layout)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scores, at the mask learning rate."""
@@ -201,21 +218,33 @@ class ContinuousSparsification(Method):
 
     @torch.no_grad()
     def _steer(self, wanted: float) -> None:
-        """Lower all scores by one number, so that the wanted share of them is below zero.
+        """Lower the scores that are ranked together by one number, so that the wanted share is below zero.
 
         The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
         multiplier is solved for instead of tuned. It is the quantile of an evenly spaced sample.
         """
         if wanted <= 0:
             return
-        scores = [mask.scores for mask in self.masks]
-        # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
-        stride = (self._numel // QUANTILE_SAMPLE) | 1
-        sample = torch.cat([s.reshape(-1)[::stride] for s in scores])
-        threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
-        for s in scores:
-            s.sub_(threshold)
-        self._force = float(threshold)
+        if self._config.granularity == "2:4":
+            for module, mask in zip(self.modules.values(), self.masks, strict=True):
+                fours = in_fours(module, mask.scores)
+                middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True)
+                fours.sub_(middle * (wanted / 0.5))
+                self._force = float(middle.mean())
+            return
+        for scores in self._ranked_together():
+            # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
+            stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
+            sample = torch.cat([s.reshape(-1)[::stride] for s in scores])
+            threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
+            for s in scores:
+                s.sub_(threshold)
+            self._force = float(threshold)
+
+    def _ranked_together(self) -> list[list[Tensor]]:
+        scores = [mask.scores.data for mask in self.masks]
+        scope = self._config.scope or ("layer" if self._config.structured else "global")
+        return [scores] if scope == "global" else [[s] for s in scores]
 
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
@@ -240,12 +269,42 @@ class ContinuousSparsification(Method):
         kept = [mask.scores > 0 for mask in masks]
         self._learned_sparsity = 1 - sum(int(k.sum()) for k in kept) / self._numel
         target = self._config.target_sparsity
-        if target is not None:
-            kept = global_top_k([mask.scores for mask in masks], round((1 - target) * self._numel))
+        if self._config.granularity == "2:4":
+            kept = [
+                self._best_two(module, mask.scores) for module, mask in zip(self.modules.values(), masks, strict=True)
+            ]
+        elif target is not None:
+            groups = self._ranked_together()
+            kept = [k for g in groups for k in global_top_k(g, round((1 - target) * sum(s.numel() for s in g)))]
+        if self.structures:
+            # A layer without any unit could not be built: its best one stays.
+            kept = [k if bool(k.any()) else global_top_k([m.scores], 1)[0] for k, m in zip(kept, masks, strict=True)]
         for mask, keep in zip(masks, kept, strict=True):
             mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
         self._force = 0.0
         self._settled = True
+
+    @staticmethod
+    def _best_two(module: nn.Module, scores: Tensor) -> Tensor:
+        """The mask of the best two of every four inputs."""
+        keep = torch.zeros_like(scores, dtype=torch.bool)
+        in_fours(module, keep).scatter_(-1, in_fours(module, scores).topk(2, dim=-1).indices, True)
+        return keep
+
+    def finalize(self) -> list[str]:
+        """Bake the masks into plain weights; heads and neurons that are off are cut out of the model."""
+        if not self._settled:
+            self.settle()
+        keep = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
+        names = super().finalize()
+        if not self.structures:
+            return names
+        structures = list(self.structures.values())
+        self.removed = sum(remove_units(self._model, s, keep[s.consumer.module]) for s in structures)
+        counts = [int(keep[s.consumer.module].sum()) for s in structures]
+        if not (isinstance(self._model, PreTrainedModel) and express_in_config(self._model, structures, counts)):
+            note_sizes(self._model, structures)
+        return [f"{side.module}.weight" for s in structures for side in s.sides]
 
     @property
     def is_final(self) -> bool:

@@ -1,0 +1,93 @@
+"""Masks of every granularity: one score for a weight, or one for a run of features along a dimension."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.structures import Side, feature_dim
+
+Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron"]
+GRANULARITIES: tuple[Granularity, ...] = ("weight", "row", "column", "2:4", "head", "neuron")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which entries of a weight share a score: `width` features next to each other along `dim`.
+
+    `dim=None` is one score a weight.
+    """
+
+    dim: int | None = None
+    width: int = 1
+
+    def sizes(self, weight: Tensor) -> Tensor:
+        """Mean magnitude of the entries of each score, in float32 or wider."""
+        size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+        if self.dim is None:
+            return size
+        return size.movedim(self.dim, 0).reshape(weight.shape[self.dim] // self.width, -1).mean(1)
+
+    def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
+        """The mask in a shape that multiplies the weight."""
+        if self.dim is None:
+            return mask
+        shape = [1] * weight.dim()
+        shape[self.dim] = -1
+        return mask.repeat_interleave(self.width).reshape(shape)
+
+
+def layout_of(granularity: Granularity, name: str, layer: nn.Module, side: Side | None) -> Layout:
+    """The layout of one layer's scores.
+
+    Args:
+        granularity: Of the method.
+        name: Of the layer, for errors.
+        layer: Any module with a `weight`.
+        side: For heads and neurons, the features of the layer that belong to them.
+
+    Raises:
+        ValueError: A 2:4 pattern does not fit the layer.
+    """
+    if side is not None:
+        return Layout(feature_dim(layer, side.axis), side.width)
+    if granularity == "row":
+        return Layout(feature_dim(layer, "out"))
+    if granularity == "column":
+        return Layout(feature_dim(layer, "in"))
+    if granularity == "2:4":
+        weight = layer.get_parameter("weight")
+        if weight.dim() != 2 or weight.shape[feature_dim(layer, "in")] % 4:
+            raise ValueError(f"2:4 sparsity needs matrices with a multiple of 4 input features; exclude '{name}'.")
+    return Layout()
+
+
+def in_fours(layer: nn.Module, scores: Tensor) -> Tensor:
+    """A view of shape (outputs, inputs / 4, 4) of scores shaped like a linear layer's weight."""
+    rows = scores if feature_dim(layer, "in") == 1 else scores.T
+    return rows.unflatten(1, (-1, 4))
+
+
+class SigmoidMask(nn.Module):
+    """w -> sigmoid(temperature * scores) * scale * w.
+
+    Scores of plus or minus infinity give exactly one and zero and no gradient: that is the hard mask.
+    """
+
+    temperature: Tensor
+
+    def __init__(self, scores: Tensor, temperature: float, scale: float = 1.0, layout: Layout | None = None) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(scores)
+        self.scale = scale
+        self.layout = layout or Layout()
+        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
+
+    def mask(self) -> Tensor:
+        """The soft mask, scaled, in the shape of the scores."""
+        return torch.sigmoid(self.temperature * self.scores) * self.scale
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Same shape and dtype as the weight."""
+        return weight * self.layout.spread(self.mask(), weight).to(weight.dtype)
