@@ -1,7 +1,7 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
-from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
+from hf_approx.methods import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
 from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
@@ -16,6 +16,7 @@ __all__ = [
     "AvaGrad",
     "AvaGradConfig",
     "MagnitudePruningConfig",
+    "MovementPruningConfig",
     "PackedFormatError",
     "SparsificationConfig",
     "attach_packing",

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from helpers import make_trainer, python
-from hf_approx import AvaGradConfig, MagnitudePruningConfig, SparsificationConfig
+from hf_approx import AvaGradConfig, MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from models import ARCHITECTURES, batch
 
 METHODS = {
     "sparsification": SparsificationConfig(target_sparsity=0.8),
     "sparsification-paper": SparsificationConfig(target_sparsity=0.8, preset="paper"),
+    "movement": MovementPruningConfig(target_sparsity=0.8),
     "magnitude": MagnitudePruningConfig(target_sparsity=0.8, update_every=1),
 }
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
-from hf_approx.methods.base import cubic_ramp, global_top_k
+from hf_approx.methods.budget import cubic_ramp, global_top_k
 from hf_approx.methods.sparsification import SigmoidMask
 from models import ARCHITECTURES, build
 

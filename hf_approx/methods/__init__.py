@@ -2,11 +2,13 @@
 
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
+from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
 from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
+    "movement": MovementPruningConfig,
 }
 """Config classes by the name a recipe or the command line uses."""
 
@@ -17,5 +19,7 @@ __all__ = [
     "MagnitudePruningConfig",
     "Method",
     "MethodConfig",
+    "MovementPruning",
+    "MovementPruningConfig",
     "SparsificationConfig",
 ]

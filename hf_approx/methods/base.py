@@ -46,6 +46,7 @@ class Method(ABC):
         taken = [name for name, module in selected.items() if parametrize.is_parametrized(module, "weight")]
         if taken:
             raise ValueError(f"'{taken[0]}' is already parametrized by another method.")
+        self.check(list(selected))
         self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
             parametrize.register_parametrization(module, "weight", self.parametrizations[name])
@@ -54,6 +55,9 @@ class Method(ABC):
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to work on, by name."""
         return select_modules(model, self.config.target_modules, self.config.exclude)
+
+    def check(self, names: list[str]) -> None:
+        """Raise `ValueError` unless the config fits the selected modules."""
 
     @property
     @abstractmethod
@@ -132,27 +136,3 @@ def effective_weight(module: nn.Module) -> Tensor:
 def trained_weight(module: nn.Module) -> Tensor:
     """The weight the optimizer trains, before any parametrization."""
     return module.get_parameter("parametrizations.weight.original").detach()
-
-
-def global_top_k(tensors: list[Tensor], keep: int) -> list[Tensor]:
-    """Masks of the `keep` largest entries over all tensors together; ties go to the earliest entries."""
-    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if keep > 0:
-        threshold = flat.kthvalue(flat.numel() - keep + 1).values if keep < flat.numel() else flat.min()
-        mask = flat > threshold
-        ties = (flat == threshold).nonzero().reshape(-1)
-        mask[ties[: keep - int(mask.sum())]] = True
-    parts = mask.split([t.numel() for t in tensors])
-    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
-
-
-def cubic_ramp(fraction: float, final: float) -> float:
-    """Sparsity at `fraction` of the ramp: final * (1 - (1 - x)^3) (Zhu and Gupta, 2017, equation 1)."""
-    return final * (1 - (1 - min(max(fraction, 0.0), 1.0)) ** 3)
-
-
-def check_fraction(where: str, name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
-    """Raise `ValueError` unless low <= value <= high (NaN fails)."""
-    if not low <= value <= high:
-        raise ValueError(f"{where}: {name} must be between {low:g} and {high:g}, got {value}.")

@@ -1,4 +1,7 @@
-"""Gradual magnitude pruning (Zhu and Gupta, "To prune, or not to prune", 2017): the baseline to beat."""
+"""Pruning by the size of weights: gradual (Zhu and Gupta, "To prune, or not to prune", 2017), one-shot, random.
+
+Baselines to beat, behind the interface of every method.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -6,7 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k, trained_weight
+from hf_approx.methods.base import Method, MethodConfig, trained_weight
+from hf_approx.methods.budget import Scope, Target, check_fraction, check_target, plan, top_masks
 
 
 @dataclass
@@ -17,23 +21,30 @@ class MagnitudePruningConfig(MethodConfig):
         ValueError: A value is out of range.
     """
 
-    target_sparsity: float = field(default=0.9, metadata={"help": "Fraction of weights removed at the end."})
+    target_sparsity: Target = field(
+        default=0.9, metadata={"help": "Fraction of weights removed at the end, over all targets or by pattern."}
+    )
     ramp_fraction: float = field(
-        default=0.75, metadata={"help": "Part of training the ramp takes; the rest fine-tunes."}
+        default=0.75,
+        metadata={"help": "Part of training the ramp takes; the rest fine-tunes. 0: one shot, before training."},
     )
     update_every: int = field(default=10, metadata={"help": "Optimizer steps between mask updates."})
-    scope: Literal["global", "layer"] = field(
-        default="global", metadata={"help": "Rank weights over all layers or in each."}
+    scope: Scope = field(default="global", metadata={"help": "Rank weights over all layers or in each."})
+    criterion: Literal["magnitude", "random"] = field(
+        default="magnitude", metadata={"help": "'random' draws the order of removal once: the floor of any method."}
     )
+    seed: int = field(default=0, metadata={"help": "Of the random order."})
 
     def __post_init__(self) -> None:
         where = "MagnitudePruningConfig"
-        check_fraction(where, "target_sparsity", self.target_sparsity)
+        check_target(where, self.target_sparsity)
         check_fraction(where, "ramp_fraction", self.ramp_fraction)
         if self.update_every < 1:
             raise ValueError(f"{where}: update_every must be at least 1, got {self.update_every}.")
         if self.scope not in ("global", "layer"):
             raise ValueError(f"{where}: scope must be 'global' or 'layer', got {self.scope!r}.")
+        if self.criterion not in ("magnitude", "random"):
+            raise ValueError(f"{where}: criterion must be 'magnitude' or 'random', got {self.criterion!r}.")
 
     def build(self) -> "MagnitudePruning":
         """The method this config describes."""
@@ -74,6 +85,10 @@ class MagnitudePruning(Method):
     def _masks(self) -> list[Tensor]:
         return [cast(BinaryMask, p).mask for p in self.parametrizations.values()]
 
+    def check(self, names: list[str]) -> None:
+        """Raise `ValueError` unless every module has a target."""
+        plan(names, self._config.target_sparsity, self._config.scope)
+
     def parametrization(self, name: str, module: nn.Module) -> BinaryMask:
         """A mask of ones."""
         return BinaryMask(module.get_parameter("weight"))
@@ -86,25 +101,26 @@ class MagnitudePruning(Method):
         if progress >= ramp:
             self.settle()
         elif self._calls % self._config.update_every == 0:
-            self._prune(cubic_ramp(progress / ramp, self._config.target_sparsity))
+            self._prune(progress / ramp)
         self._calls += 1
 
     def settle(self) -> None:
         """Prune to the target and keep that mask."""
-        self._prune(self._config.target_sparsity)
+        self._prune(1.0)
         self._settled = True
 
     @torch.no_grad()
-    def _prune(self, sparsity: float) -> None:
-        sizes = [trained_weight(module).abs() for module in self.modules.values()]
-        layers = [sizes] if self._config.scope == "global" else [[size] for size in sizes]
-        masks = [
-            mask
-            for group in layers
-            for mask in global_top_k(group, round((1 - sparsity) * sum(t.numel() for t in group)))
-        ]
-        for buffer, mask in zip(self._masks, masks, strict=True):
+    def _prune(self, fraction: float) -> None:
+        groups = plan(list(self.modules), self._config.target_sparsity, self._config.scope)
+        for buffer, mask in zip(self._masks, top_masks(self._order(), groups, fraction), strict=True):
             buffer.copy_(mask)
+
+    def _order(self) -> list[Tensor]:
+        weights = [trained_weight(module) for module in self.modules.values()]
+        if self._config.criterion == "magnitude":
+            return [weight.abs() for weight in weights]
+        generator = torch.Generator().manual_seed(self._config.seed)
+        return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]
 
     @property
     def is_final(self) -> bool:

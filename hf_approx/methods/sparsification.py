@@ -12,12 +12,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_approx.methods.base import Method, MethodConfig, check_fraction, cubic_ramp, global_top_k
+from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.budget import (
+    Group,
+    Scope,
+    Target,
+    check_fraction,
+    check_target,
+    cubic_ramp,
+    global_top_k,
+    plan,
+    threshold,
+    top_masks,
+)
 from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, in_fours, layout_of
 from hf_approx.structures import Kind, Structure, express_in_config, find_structures, note_sizes, remove_units
-
-QUANTILE_SAMPLE = 1 << 18
-"""Scores that steer the sparsity during training; the final mask ranks all of them."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Starts close to the pretrained function: no rescaling, masks near one for all but the smallest weights.
@@ -63,11 +72,11 @@ class SparsificationConfig(MethodConfig):
         ValueError: A value is out of range or two contradict each other.
     """
 
-    target_sparsity: float | None = field(
+    target_sparsity: Target | None = field(
         default=0.9,
         metadata={
-            "help": "Fraction of weights removed: the scores are lowered together along a cubic ramp, and "
-            "hardening keeps the top ones. None: plain CS, steered by the penalty and s0 alone."
+            "help": "Fraction removed, over all targets or by pattern: the scores are lowered together along a "
+            "cubic ramp, and hardening keeps the top ones. None: plain CS, steered by the penalty and s0 alone."
         },
     )
     granularity: Granularity = field(
@@ -78,7 +87,7 @@ class SparsificationConfig(MethodConfig):
             "the end: the model is smaller and faster anywhere."
         },
     )
-    scope: Literal["global", "layer"] | None = field(
+    scope: Scope | None = field(
         default=None,
         metadata={"help": "Rank over all layers or in each. Default: in each for heads and neurons, else over all."},
     )
@@ -115,7 +124,7 @@ class SparsificationConfig(MethodConfig):
         if self.granularity == "2:4" and self.target_sparsity != 0.5:
             raise ValueError(f"{where}: granularity '2:4' removes half: set target_sparsity=0.5.")
         if self.target_sparsity is not None:
-            check_fraction(where, "target_sparsity", self.target_sparsity)
+            check_target(where, self.target_sparsity)
         check_fraction(where, "soft_fraction", settings.soft_fraction)
         if not 0 < settings.initial_temperature <= self.final_temperature < math.inf:
             raise ValueError(
@@ -184,6 +193,11 @@ class ContinuousSparsification(Method):
         self.structures = {structure.consumer.module: structure for structure in structures}
         return {name: model.get_submodule(name) for name in self.structures}
 
+    def check(self, names: list[str]) -> None:
+        """Raise `ValueError` unless every module has a target."""
+        if self._config.target_sparsity is not None:
+            plan(names, self._config.target_sparsity, "global")
+
     def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
         """A mask whose scores start as the config says."""
         settings = self._settings
@@ -214,37 +228,35 @@ class ContinuousSparsification(Method):
         for mask in self.masks:
             mask.temperature.fill_(beta)
         if config.target_sparsity is not None:
-            self._steer(cubic_ramp(progress / soft, config.target_sparsity))
+            self._steer(progress / soft)
 
     @torch.no_grad()
-    def _steer(self, wanted: float) -> None:
+    def _steer(self, fraction: float) -> None:
         """Lower the scores that are ranked together by one number, so that the wanted share is below zero.
 
         The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
-        multiplier is solved for instead of tuned. It is the quantile of an evenly spaced sample.
+        multiplier is solved for instead of tuned.
         """
-        if wanted <= 0:
-            return
+        masks = self.masks
         if self._config.granularity == "2:4":
-            for module, mask in zip(self.modules.values(), self.masks, strict=True):
+            for module, mask in zip(self.modules.values(), masks, strict=True):
                 fours = in_fours(module, mask.scores)
                 middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True)
-                fours.sub_(middle * (wanted / 0.5))
+                fours.sub_(middle * cubic_ramp(fraction, 1.0))
                 self._force = float(middle.mean())
             return
-        for scores in self._ranked_together():
-            # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
-            stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
-            sample = torch.cat([s.reshape(-1)[::stride] for s in scores])
-            threshold = sample.kthvalue(max(round(wanted * sample.numel()), 1)).values
-            for s in scores:
-                s.sub_(threshold)
-            self._force = float(threshold)
+        for group in self._groups():
+            wanted = cubic_ramp(fraction, group.target)
+            if wanted > 0:
+                force = threshold([masks[i].scores for i in group.members], wanted)
+                for i in group.members:
+                    masks[i].scores.sub_(force)
+                self._force = float(force)
 
-    def _ranked_together(self) -> list[list[Tensor]]:
-        scores = [mask.scores.data for mask in self.masks]
-        scope = self._config.scope or ("layer" if self._config.structured else "global")
-        return [scores] if scope == "global" else [[s] for s in scores]
+    def _groups(self) -> list[Group]:
+        target = self._config.target_sparsity
+        scope: Scope = self._config.scope or ("layer" if self._config.structured else "global")
+        return [] if target is None else plan(list(self.modules), target, scope)
 
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
@@ -268,14 +280,11 @@ class ContinuousSparsification(Method):
         masks = self.masks
         kept = [mask.scores > 0 for mask in masks]
         self._learned_sparsity = 1 - sum(int(k.sum()) for k in kept) / self._numel
-        target = self._config.target_sparsity
         if self._config.granularity == "2:4":
-            kept = [
-                self._best_two(module, mask.scores) for module, mask in zip(self.modules.values(), masks, strict=True)
-            ]
-        elif target is not None:
-            groups = self._ranked_together()
-            kept = [k for g in groups for k in global_top_k(g, round((1 - target) * sum(s.numel() for s in g)))]
+            pairs = zip(self.modules.values(), masks, strict=True)
+            kept = [self._best_two(module, mask.scores) for module, mask in pairs]
+        elif self._config.target_sparsity is not None:
+            kept = top_masks([mask.scores for mask in masks], self._groups())
         if self.structures:
             # A layer without any unit could not be built: its best one stays.
             kept = [k if bool(k.any()) else global_top_k([m.scores], 1)[0] for k, m in zip(kept, masks, strict=True)]

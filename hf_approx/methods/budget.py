@@ -1,0 +1,107 @@
+"""How many entries each group of modules may keep: one target over all, one in each, or one for a pattern."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_approx.targets import matches
+
+Target = float | dict[str, float]
+"""A sparsity for all targets together, or one for each pattern (a name or its ending; the first match counts)."""
+
+Scope = Literal["global", "layer"]
+
+
+def check_fraction(where: str, name: str, value: float, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise `ValueError` unless low <= value <= high (NaN fails)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ValueError(f"{where}: {name} must be between {low:g} and {high:g}, got {value!r}.")
+
+
+def check_target(where: str, target: Target) -> None:
+    """Raise `ValueError` unless every sparsity is a fraction."""
+    if not isinstance(target, Mapping):
+        check_fraction(where, "target_sparsity", target)
+        return
+    if not target:
+        raise ValueError(f"{where}: target_sparsity has no pattern; give a number or at least one pattern.")
+    for pattern, value in target.items():
+        check_fraction(where, f"target_sparsity[{pattern!r}]", value)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules whose entries are ranked together, and the sparsity they end with."""
+
+    members: tuple[int, ...]
+    target: float
+
+
+def plan(names: Sequence[str], target: Target, scope: Scope) -> list[Group]:
+    """The groups of a method's modules, by their positions in `names`.
+
+    Raises:
+        ValueError: A module matches no pattern.
+    """
+    if not isinstance(target, Mapping):
+        everything = tuple(range(len(names)))
+        return [Group(everything, target)] if scope == "global" else [Group((i,), target) for i in everything]
+    found: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        pattern = next((p for p in target if matches(name, [p])), None)
+        if pattern is None:
+            raise ValueError(f"target_sparsity has no pattern for '{name}'; add one, or add it to exclude.")
+        found.setdefault(pattern, []).append(i)
+    groups = [Group(tuple(members), target[pattern]) for pattern, members in found.items()]
+    if scope == "global":
+        return groups
+    return [Group((i,), group.target) for group in groups for i in group.members]
+
+
+def top_masks(scores: Sequence[Tensor], groups: Sequence[Group], fraction: float = 1.0) -> list[Tensor]:
+    """Masks of the best entries, in the order of the scores.
+
+    Args:
+        scores: One tensor a module.
+        groups: What is ranked together; together they hold every module once.
+        fraction: Position on the cubic ramp to the targets; 1 is the end.
+    """
+    masks: dict[int, Tensor] = {}
+    for group in groups:
+        tensors = [scores[i] for i in group.members]
+        keep = round((1 - cubic_ramp(fraction, group.target)) * sum(t.numel() for t in tensors))
+        masks.update(zip(group.members, global_top_k(tensors, keep), strict=True))
+    return [masks[i] for i in range(len(scores))]
+
+
+QUANTILE_SAMPLE = 1 << 18
+"""Scores that place a threshold during training; the final mask ranks all of them."""
+
+
+def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
+    """The value that about the given share of the entries is not above, from an evenly spaced sample."""
+    # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
+    stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
+    sample = torch.cat([s.detach().reshape(-1)[::stride] for s in scores])
+    return sample.kthvalue(max(round(sparsity * sample.numel()), 1)).values
+
+
+def global_top_k(tensors: Sequence[Tensor], keep: int) -> list[Tensor]:
+    """Masks of the `keep` largest entries over all tensors together; ties go to the earliest entries."""
+    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if keep > 0:
+        value = flat.kthvalue(flat.numel() - keep + 1).values if keep < flat.numel() else flat.min()
+        mask = flat > value
+        ties = (flat == value).nonzero().reshape(-1)
+        mask[ties[: keep - int(mask.sum())]] = True
+    parts = mask.split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def cubic_ramp(fraction: float, final: float) -> float:
+    """Sparsity at `fraction` of the ramp: final * (1 - (1 - x)^3) (Zhu and Gupta, 2017, equation 1)."""
+    return final * (1 - (1 - min(max(fraction, 0.0), 1.0)) ** 3)
