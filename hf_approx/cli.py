@@ -141,9 +141,11 @@ def _write(model: transformers.PreTrainedModel, source: Path, output: Path) -> N
 
 
 def _show(result: Inspection, brief: bool = False) -> None:
-    console = Console()
+    # A log or a pipe has no width of its own: names are worth more there than 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if not brief:
         table = Table("tensor", "shape", "dtype", "sparsity", "bits/weight", "bytes")
+        table.columns[0].overflow = "fold"
         for row in result.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
             sparsity = f"{row.sparsity:.2%}" if row.packed else "-"

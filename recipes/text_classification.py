@@ -133,7 +133,7 @@ def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
             f"{row['load_seconds']:.2f} s",
             "yes" if row["reloaded_equal"] else "NO",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_approx.methods.base import Method, MethodConfig, trained_weight
-from hf_approx.methods.budget import Scope, Target, check_fraction, check_target, plan, top_masks
+from hf_approx.methods.budget import Group, Scope, Target, check_fraction, check_target, plan, top_masks
 
 
 @dataclass
@@ -104,8 +104,23 @@ class MagnitudePruning(Method):
             self._prune(progress / ramp)
         self._calls += 1
 
+    def prune_round(self, round_: int, rounds: int) -> None:
+        """Iterative pruning: after round `round_` of `rounds`, counted from 1, the density is its share of the powers.
+
+        Each round removes the same fraction of what was left: density d^(round / rounds).
+        """
+        groups = plan(list(self.modules), self._config.target_sparsity, self._config.scope)
+        now = [Group(g.members, 1 - (1 - g.target) ** (round_ / rounds)) for g in groups]
+        # Weights that are gone rank last, whatever the optimizer made of them since.
+        order = [order * mask for order, mask in zip(self._order(), self._masks, strict=True)]
+        for buffer, mask in zip(self._masks, top_masks(order, now), strict=True):
+            buffer.copy_(mask)
+        self._settled = round_ == rounds
+
     def settle(self) -> None:
-        """Prune to the target and keep that mask."""
+        """Prune to the target and keep that mask; what is settled stays."""
+        if self._settled:
+            return
         self._prune(1.0)
         self._settled = True
 

@@ -86,7 +86,8 @@ class SigmoidMask(nn.Module):
 
     def mask(self) -> Tensor:
         """The soft mask, scaled, in the shape of the scores."""
-        return torch.sigmoid(self.temperature * self.scores) * self.scale
+        mask = torch.sigmoid(self.temperature * self.scores)
+        return mask if self.scale == 1 else mask * self.scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""

@@ -230,6 +230,32 @@ class ContinuousSparsification(Method):
         if config.target_sparsity is not None:
             self._steer(progress / soft)
 
+    def on_round_step(self, round_: int, rounds: int, progress: float) -> None:
+        """As `on_step` for ticket search: the temperature rises in each round, the sparsity over all of them.
+
+        Args:
+            round_: Which round, from 0.
+            rounds: How many there are.
+            progress: From 0 at the first step of the round to less than 1 at its last.
+        """
+        start = self._settings.initial_temperature
+        for mask in self.masks:
+            mask.temperature.fill_(start * (self._config.final_temperature / start) ** progress)
+        if self._config.target_sparsity is not None:
+            self._steer((round_ + progress) / rounds)
+
+    @torch.no_grad()
+    def next_round(self, legacy: bool = False) -> None:
+        """Reset scores and temperature for another round: s <- min(beta_T s, s0), beta <- beta_0.
+
+        What was removed stays removed, what was kept returns to the start. `legacy=True` is the published
+        script's min(s, s0), which lets removed weights come back half on.
+        """
+        factor = 1.0 if legacy else self._config.final_temperature
+        for mask in self.masks:
+            mask.scores.copy_((mask.scores * factor).clamp(max=self._settings.initial_score))
+            mask.temperature.fill_(self._settings.initial_temperature)
+
     @torch.no_grad()
     def _steer(self, fraction: float) -> None:
         """Lower the scores that are ranked together by one number, so that the wanted share is below zero.

@@ -20,15 +20,12 @@ ACCELERATOR_ELEMENTS = 1 << 27
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all tensors as a float64 scalar, reduced over the mesh of sharded ones."""
-    norms = torch._foreach_norm(tensors, 2.0, wide_dtype(tensors[0]))
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.stack(whole).square().sum()
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 where the device has it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+    """Sum of squares over all tensors, added up in float64 where there is one; reduced over a mesh."""
+    # One float32 sum over many millions of numbers would lose digits; over a piece it does not.
+    wide = torch.float64 if tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_ELEMENTS else None
+    norms = torch._foreach_norm(tensors, 2.0, wide)
+    whole = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+    return whole.to(torch.float32 if whole.device.type == "mps" else torch.float64).square().sum()
 
 
 def pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:

@@ -1,0 +1,201 @@
+"""Ticket search: rounds, resets and rewinding against the published rules, and exact resumption."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from hf_approx import MagnitudePruningConfig, SparsificationConfig
+from hf_approx.loops import Ticket, TicketConfig, TicketSearch, pareto_front, search_in_parallel
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)
+    )
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(48, 1, 4, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.mean((1, 2, 3)) * 40).long().clamp(-1, 1) + 1), batch_size=16)
+
+
+def loss(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def sgd(params):
+    optimizer = torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-2)
+    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4)
+
+
+def accuracy(model):
+    with torch.no_grad():
+        return sum(float((model(x).argmax(1) == y).float().mean()) for x, y in data()) / 3
+
+
+def cs(**options):
+    return SparsificationConfig(
+        **{
+            "preset": "paper",
+            "soft_fraction": 1.0,
+            "target_sparsity": None,
+            "target_modules": ["0", "4"],
+            "mask_lr": 0.05,
+            **options,
+        }
+    )
+
+
+IMP = MagnitudePruningConfig(target_sparsity=0.875, target_modules=["0", "4"])
+
+
+def search(config, metric=accuracy, checkpoint=None, model=None):
+    return TicketSearch(model or build(), config, data(), loss, sgd, metric, checkpoint=checkpoint)
+
+
+def test_b3_reset_between_rounds():
+    for legacy, scores, soft in (
+        (False, (-10.0, -0.2, 0.0, 0.0), (4.5e-5, 0.450, 0.5, 0.5)),
+        (True, (-0.05, -0.001, 0.0, 0.0), (0.4875, 0.49975, 0.5, 0.5)),
+    ):
+        method = cs(scale_mask=False, target_modules=["0"]).build()
+        method.attach(nn.ModuleList([nn.Linear(4, 1, bias=False)]))
+        with torch.no_grad():
+            method.masks[0].scores.copy_(torch.tensor([[-0.05, -0.001, 0.002, 0.3]]))
+        method.on_round_step(0, 3, 0.9)
+        method.next_round(legacy=legacy)
+        torch.testing.assert_close(method.masks[0].scores.detach()[0], torch.tensor(scores))
+        torch.testing.assert_close(method.masks[0].mask().detach()[0], torch.tensor(soft), rtol=1e-2, atol=1e-4)
+        assert method.metrics()["temperature"] == 1.0
+
+
+def test_temperature_rises_anew_in_every_round():
+    method = cs().build()
+    method.attach(build())
+    for round_ in range(2):
+        seen = []
+        for step in range(4):
+            method.on_round_step(round_, 2, step / 4)
+            seen.append(method.metrics()["temperature"])
+        assert seen == pytest.approx([200 ** (step / 4) for step in range(4)])
+
+
+class Snoop:
+    """A metric that also keeps the state of the model at every call."""
+
+    def __init__(self):
+        self.states = []
+
+    def __call__(self, model):
+        assert not model.training
+        self.states.append({n: t.detach().clone() for n, t in model.state_dict().items()})
+        return float(len(self.states))
+
+
+@pytest.mark.parametrize("method", [cs(), IMP], ids=["cs", "imp"])
+def test_b4_the_ticket_starts_from_the_exact_early_weights(method):
+    """Buffers of the normalisation included. The supermask is measured right after rewinding."""
+    snoop = Snoop()
+    run = search(TicketConfig(method=method, rounds=2, epochs=2, rewind_step=2), snoop)
+    ticket = run.run()
+    early, untrained = run.early, snoop.states[2]
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= early.keys()
+    assert int(early["1.num_batches_tracked"]) == 2
+    assert all(torch.equal(untrained[name], tensor) for name, tensor in early.items())
+    assert ticket.supermask == 3.0
+    assert [entry["metric"] for entry in ticket.history] == [1.0, 2.0, 4.0]
+
+
+def test_weights_go_on_between_rounds_of_continuous_sparsification():
+    snoop = Snoop()
+    run = search(TicketConfig(method=cs(), rounds=2, epochs=1), snoop)
+    before = copy.deepcopy(run.plain.state_dict())
+    run.run()
+    name = "0.parametrizations.weight.original"
+    assert not torch.equal(snoop.states[0][name], before[name])
+    assert not torch.equal(snoop.states[1][name], snoop.states[0][name])
+
+
+def test_b5_pruned_weights_stay_zero_while_the_ticket_trains():
+    model = build()
+    ticket = search(TicketConfig(method=cs(target_sparsity=0.8), rounds=2, epochs=2), model=model).run()
+    assert ticket.sparsity == pytest.approx(0.8, abs=2e-3)
+    assert ticket.names == ["0.weight", "4.weight"]
+    zeros = sum(int((model.get_parameter(name) == 0).sum()) for name in ticket.names)
+    assert zeros == round(0.8 * (36 + 192))
+
+
+def test_iterative_magnitude_pruning_removes_the_same_share_each_round():
+    ticket = search(TicketConfig(method=IMP, rounds=3, epochs=1)).run()
+    densities = [1 - entry["sparsity"] for entry in ticket.history]
+    assert densities == pytest.approx([1.0, 0.5, 0.25, 0.125], abs=5e-3)
+
+
+@pytest.mark.parametrize("method", [cs(), cs(target_sparsity=0.7), IMP], ids=["cs", "cs-target", "imp"])
+@pytest.mark.parametrize("crash", [2, 3])
+def test_a_search_goes_on_after_a_crash_and_ends_the_same(tmp_path, method, crash):
+    config = TicketConfig(method=method, rounds=3, epochs=1, rewind_step=1)
+    straight_model, resumed_model = build(), build()
+    straight = search(config, model=straight_model).run()
+
+    calls = []
+
+    def crashing(model):
+        calls.append(1)
+        if len(calls) == crash:
+            raise KeyboardInterrupt
+        return accuracy(model)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(config, crashing, tmp_path).run()
+    resumed_run = search(config, checkpoint=tmp_path, model=resumed_model)
+    assert resumed_run.round == crash - 1
+    resumed = resumed_run.run()
+    assert resumed == straight
+    for name, tensor in straight_model.state_dict().items():
+        assert torch.equal(tensor, resumed_model.state_dict()[name]), name
+
+
+def test_half_a_checkpoint_is_not_used(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    assert search(TicketConfig(method=cs(), rounds=1, epochs=1), checkpoint=tmp_path).round == 0
+
+
+def ticket(sparsity, metric):
+    return Ticket(sparsity, 0.0, metric, [], [])
+
+
+def test_pareto_front():
+    tickets = [ticket(0.5, 0.9), ticket(0.8, 0.9), ticket(0.9, 0.8), ticket(0.85, 0.7), ticket(0.95, 0.6)]
+    assert [t.sparsity for t in pareto_front(tickets)] == [0.8, 0.9, 0.95]
+    assert search_in_parallel(lambda score: ticket(0.5 - score, 0.9 + score), [0.1, -0.1, 0.0]) == [
+        ticket(0.4, 1.0),
+        ticket(0.5, 0.9),
+        ticket(0.6, 0.8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 0}, "rounds must be an integer >= 1"),
+        ({"rewind_step": -1}, "rewind_step must be"),
+        ({"reset": "none"}, "reset must be"),
+        ({"mask_optimizer": "lion"}, "mask_optimizer must be"),
+        ({"method": SparsificationConfig()}, "set soft_fraction=1.0"),
+        ({"method": SparsificationConfig(granularity="head", soft_fraction=1.0)}, "cannot be rewound"),
+    ],
+)
+def test_bad_ticket_config(options, message):
+    with pytest.raises(ValueError, match=message):
+        TicketConfig(**options)
+
+
+def test_a_rewind_step_beyond_the_round_is_refused():
+    with pytest.raises(ValueError, match="beyond a round of 3 steps"):
+        search(TicketConfig(method=cs(), rounds=1, epochs=1, rewind_step=3)).run()
