@@ -184,8 +184,10 @@ class ApproxTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the methods' numbers to each training log."""
         if "loss" in logs and not self._finalized:
-            for method in self.methods:
-                logs.update({f"{method.name}/{k}": v for k, v in method.metrics().items()})
+            names = [method.name for method in self.methods]
+            for i, method in enumerate(self.methods):
+                label = method.name if names.count(method.name) == 1 else f"{method.name}-{i}"
+                logs.update({f"{label}/{k}": v for k, v in method.metrics().items()})
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -207,7 +209,9 @@ class ApproxTrainerMixin:
                 for method in self.methods:
                     method.settle()
             self.approx_report["methods"] = [method.report() for method in self.methods]
-            names += [name for method in self.methods for name in method.finalize()]
+            names += [name for method in self.methods for name in method.bake()]
+            for method in self.methods:
+                method.remove()
             self._finalized = True
         self.approx_report["totals"] = self._pack(list(dict.fromkeys(names)))
         self._repack = []

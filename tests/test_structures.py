@@ -152,6 +152,23 @@ def test_a_model_its_config_cannot_express_needs_the_library(tmp_path, name, kin
     assert_same_weights(weights(again), weights(trainer.model))
 
 
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_heads_neurons_and_single_weights_in_one_run(tmp_path, name):
+    """Llama's config can express both structures, BERT's only the neurons; the zeros are packed in either."""
+    targets = ["query", "q_proj"]
+    approx = [SparsificationConfig(granularity=kind, target_sparsity=0.5) for kind in ("head", "neuron")]
+    approx.append(SparsificationConfig(target_sparsity=0.8, target_modules=targets))
+    trainer = make_trainer(name, tmp_path, approx=approx)
+    trainer.train()
+    assert {"sparsification-0/sparsity", "sparsification-2/sparsity"} <= trainer.state.log_history[0].keys()
+    trainer.save_model(str(tmp_path / "model"))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert ("structure" in config) == (name == "bert")
+    assert len(config["tensors"]) == 2
+    loaded = type(trainer.model).from_pretrained(tmp_path / "model")
+    assert_same_weights(weights(loaded), weights(trainer.model))
+
+
 def test_a_smaller_model_trains_on_and_saves_again(tmp_path):
     train("bert", tmp_path, granularity="head")
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")

@@ -104,8 +104,18 @@ class Method(ABC):
     def finalize(self) -> list[str]:
         """Bake the method into plain weights; returns the names of the parameters it compressed.
 
-        `removed` then says how many more weights are gone altogether.
+        `removed` then says how many more weights are gone altogether. Where several methods work on a model, all
+        must `bake` before any does `remove`.
         """
+        names = self.bake()
+        self.remove()
+        return names
+
+    def remove(self) -> None:
+        """Cut out of the model what baking left without use, if the method removes anything."""
+
+    def bake(self) -> list[str]:
+        """Leave plain weights in the place of the parametrized ones; returns the names of those compressed."""
         if not self.is_final:
             self.settle()
         for module in self.modules.values():

@@ -326,20 +326,25 @@ class ContinuousSparsification(Method):
         in_fours(module, keep).scatter_(-1, in_fours(module, scores).topk(2, dim=-1).indices, True)
         return keep
 
-    def finalize(self) -> list[str]:
-        """Bake the masks into plain weights; heads and neurons that are off are cut out of the model."""
+    def bake(self) -> list[str]:
+        """Leave masked weights; for heads and neurons, returns the weights of every layer they are part of."""
         if not self._settled:
             self.settle()
-        keep = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
-        names = super().finalize()
-        if not self.structures:
-            return names
+        self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
+        names = super().bake()
+        sides = [side for structure in self.structures.values() for side in structure.sides]
+        return [f"{side.module}.weight" for side in sides] or names
+
+    def remove(self) -> None:
+        """Cut heads and neurons that are off out of the model, and say so in its config, or else on the model."""
         structures = list(self.structures.values())
-        self.removed = sum(remove_units(self._model, s, keep[s.consumer.module]) for s in structures)
-        counts = [int(keep[s.consumer.module].sum()) for s in structures]
+        if not structures:
+            return
+        kept = [self._kept[structure.consumer.module] for structure in structures]
+        self.removed = sum(remove_units(self._model, s, keep) for s, keep in zip(structures, kept, strict=True))
+        counts = [int(keep.sum()) for keep in kept]
         if not (isinstance(self._model, PreTrainedModel) and express_in_config(self._model, structures, counts)):
             note_sizes(self._model, structures)
-        return [f"{side.module}.weight" for s in structures for side in s.sides]
 
     @property
     def is_final(self) -> bool:
