@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 import hf_approx
 from hf_approx.checkpoint import attach_packing
 from hf_approx.inspection import COMPANIONS, Inspection, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.plots import plot_sparsity
 
 app = typer.Typer(
     help="Sparsify Hugging Face models and ship them small.",
@@ -76,9 +77,12 @@ def compress(
 def inspect(
     source: Source,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the sparsity of every layer into this file.")] = None,
 ) -> None:
     """Show shape, sparsity, bits and bytes of every tensor, and totals against dense."""
     result = inspect_checkpoint(find_checkpoint(source))
+    if plot is not None:
+        plot_sparsity(result, plot)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
@@ -167,6 +171,6 @@ def main(argv: list[str] | None = None) -> Any:
     transformers.utils.logging.set_verbosity_error()
     try:
         return app(argv)
-    except (ValueError, OSError, NotImplementedError, SafetensorError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, NotImplementedError, SafetensorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return sys.exit(1)

@@ -12,6 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from helpers import ROOT
 from hf_approx import attach_packing
 from hf_approx.cli import main
+from hf_approx.inspection import Row
+from hf_approx.plots import _position, kind_of
 from hf_approx.targets import select_modules
 from models import batch, build
 
@@ -179,6 +181,18 @@ def test_other_weight_files_in_the_folder_are_not_counted(packed, tmp_path, caps
             main(["inspect", str(folder), "--json"])
         counts.append(json.loads(capsys.readouterr().out)["totals"])
     assert counts[0] == counts[1]
+
+
+def test_a_plot_of_the_layers(packed, trained, tmp_path, refuse):
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", str(packed), "--plot", str(tmp_path / "layers.png")])
+    assert exit_.value.code == 0
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
+    refuse("no packed weight to draw", "inspect", trained, "--plot", tmp_path / "none.png")
+    assert kind_of("bert.encoder.layer.10.attention.self.query.weight") == "attention.self.query"
+    names = ["h.10.a.weight", "h.2.a.weight"]
+    rows = [Row(name, (1,), "float16", True, 0.5, 1.0, 1, 1) for name in names]
+    assert [row.name for row in sorted(rows, key=_position)] == names[::-1]
 
 
 def test_zeros_anywhere_are_packed(tmp_path):
