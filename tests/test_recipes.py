@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 import hf_approx  # noqa: F401 - registers the packed format
 import text_classification
+import ticket_search
 from common import ConfigError, RecipeConfig, load_data, read_config
 from helpers import ROOT
 from models import build
@@ -126,6 +127,19 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     assert code == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ticket_search(tmp_path, capsys):
+    options = ["--epochs", "1", "--rounds", "2", "--rewind_epoch", "0", "--sparsity", "0.7"]
+    assert ticket_search.main([*options, "--output_dir", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "results-0.json").read_text())
+    assert list(rows) == ["dense", "continuous", "magnitude"]
+    printed = capsys.readouterr().out
+    for name in ("continuous", "magnitude"):
+        assert rows[name]["sparsity"] == pytest.approx(0.7, abs=1e-3)
+        assert f"{rows[name]['accuracy']:.4f}" in printed
+    assert ticket_search.main(["--epochs", "1", "--rewind_epoch", "3"]) == 2
+    assert "beyond a round" in capsys.readouterr().err
 
 
 def test_nothing_to_train_is_an_error(config, capsys):
