@@ -38,9 +38,23 @@ COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_hea
 
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "head": ("num_attention_heads", "num_key_value_heads"),
-    "neuron": ("intermediate_size", "d_ff", "n_inner", "ffn_dim"),
+    "neuron": (
+        "intermediate_size",
+        "d_ff",
+        "n_inner",
+        "ffn_dim",
+        "hidden_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ),
 }
-"""Options of a config for the number of units; transformers maps the first of each to an architecture's own name."""
+"""Options of a config for the number of units; transformers maps the first to an architecture's own name."""
+
+WITH_HEADS = frozenset(
+    ["bart", "bert", "distilbert", "gemma", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3", "roberta", "vit"]
+)
+ARCHITECTURES: dict[Kind, frozenset[str]] = {"head": WITH_HEADS, "neuron": WITH_HEADS | {"phi3", "t5"}}
+"""Model types whose units are known to be where this module looks: the same layer names may hide another layout."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +110,31 @@ def find_structures(
     """The heads or neurons of a model, in its order.
 
     Args:
-        model: A transformers model, or any module that names its layers alike.
+        model: A transformers model of one of the `ARCHITECTURES`.
         kind: `"head"` or `"neuron"`.
         target_modules: Keep those whose name matches, in the notation of `select_modules`; the name is that
             of the attention module or of the module that holds the feed-forward layers.
         exclude: Leave out those whose name matches.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The architecture is another, or nothing matches.
     """
-    found = []
+    model_type = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
+    if model_type not in ARCHITECTURES[kind]:
+        known_types = ", ".join(sorted(ARCHITECTURES[kind]))
+        raise ValueError(f"hf_approx cannot remove {kind}s from '{model_type}' models, only from {known_types}.")
+    found, known = [], []
     for name, module in model.named_modules():
-        if (target_modules is not None and not matches(name, target_modules)) or matches(name, exclude):
-            continue
         structure = _attention(name, module) if kind == "head" else _feed_forward(name, module)
-        if structure is not None:
+        if structure is None:
+            continue
+        known.append(name)
+        if (target_modules is None or matches(name, target_modules)) and not matches(name, exclude):
             found.append(structure)
     if not found:
         raise ValueError(
-            f"No {kind}s of {type(model).__name__} match target_modules={target_modules!r}, or hf_approx does not "
-            f"know where this architecture keeps its {kind}s."
+            f"No {kind}s of {type(model).__name__} match target_modules={target_modules!r}; they are in "
+            f"{', '.join(known[:3])} and so on."
         )
     return found
 
@@ -149,7 +168,7 @@ def _attention(name: str, module: nn.Module) -> Structure | None:
     size = _head_size(module)
     for queries, shared, consumer, sections in ATTENTION:
         layers = _layers(module, (*queries, *shared, consumer))
-        if layers is None or size is None:
+        if layers is None or size is None or hasattr(module, "q_attn"):
             continue
         # Heads that share keys and values go together, so the units are those of the layers with the fewest.
         units = min(_features(layer, "out") for layer in layers[:-1]) // (size * sections)
@@ -260,17 +279,18 @@ def express_in_config(model: PreTrainedModel, structures: Sequence[Structure], k
         if heads
         else ("intermediate_size", "d_ff", "n_inner", "ffn_dim")
     )
-    changed = type(model.config).from_dict(model.config.to_dict())
-    for option in options:
-        value = getattr(changed, option, None)
-        if isinstance(value, int):
-            setattr(changed, option, value * count // units)
-        elif option == "n_inner" and hasattr(changed, option):
-            changed.n_inner = count
     try:
+        changed = type(model.config).from_dict(model.config.to_dict())
+        for option in options:
+            value = getattr(changed, option, None)
+            if isinstance(value, int):
+                setattr(changed, option, value * count // units)
+            elif option == "n_inner" and hasattr(changed, option):
+                changed.n_inner = count
+        changed = type(model.config).from_dict(changed.to_dict())  # what a config says is checked when it is read
         with torch.device("meta"):
             rebuilt = type(model)(changed)
-    except (ValueError, TypeError, RuntimeError):
+    except Exception:  # whatever an architecture raises, it says that it has no such model
         return False
     mine = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if mine != {name: tensor.shape for name, tensor in rebuilt.state_dict().items()}:
@@ -279,6 +299,21 @@ def express_in_config(model: PreTrainedModel, structures: Sequence[Structure], k
         if hasattr(changed, option):
             setattr(model.config, option, getattr(changed, option))
     return True
+
+
+def own_description(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """The description under the names of this model: a base model lacks the prefix a model with a head has."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = {name for name, _ in model.named_modules()}
+
+    def own(name: str) -> str:
+        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
+
+    shapes = {}
+    for name, shape in data["shapes"].items():
+        layer, _, kind = name.rpartition(".")
+        shapes[f"{own(layer)}.{kind}"] = shape
+    return {"shapes": shapes, "attributes": {own(name): counts for name, counts in data["attributes"].items()}}
 
 
 def describe(model: nn.Module, structures: Sequence[Structure]) -> dict[str, Any]:

@@ -119,11 +119,14 @@ class ApproxTrainerMixin:
     def _unpack(self) -> None:
         """Train a packed model as an ordinary one: its checkpoints are exact then, and `finalize` packs it again."""
         model = self._plain_model
-        if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
+        quantizer = getattr(model, "hf_quantizer", None)
+        if isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer):
             config = model.config.quantization_config
             smaller = (config.structure or {"shapes": {}})["shapes"]
             self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
-            model.dequantize()
+            if config.runtime == "packed":
+                raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
+            quantizer.release(model)
 
     @property
     def _plain_model(self) -> nn.Module:

@@ -6,23 +6,29 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 from transformers.pytorch_utils import Conv1D
 
 from helpers import assert_same_weights, make_trainer, python, weights
 from hf_approx import PackedFormatError, SparsificationConfig
 from hf_approx.cli import main
-from hf_approx.structures import feature_dim, find_structures, remove_units
+from hf_approx.structures import ARCHITECTURES, feature_dim, find_structures, remove_units
 from models import VOCAB, batch, build
 
 SIZE = {"vocab_size": VOCAB, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -48,9 +54,18 @@ def bart():
     return BartModel(BartConfig(vocab_size=VOCAB, d_model=32, max_position_embeddings=32, **layers, **heads))
 
 
-EXTRA = {"distilbert": distilbert, "opt": opt, "phi3": phi3, "bart": bart}
-CASES = [(name, "head") for name in ("bert", "gpt2", "llama", "vit", "distilbert", "opt", "bart")]
-CASES += [(name, "neuron") for name in ("bert", "gpt2", "llama", "vit", "t5", "distilbert", "opt", "phi3", "bart")]
+def like_llama(name, **options):
+    config = AutoConfig.for_model(name, **SIZE, intermediate_size=64, num_key_value_heads=2, head_dim=8, **options)
+    return lambda: AutoModelForCausalLM.from_config(config)
+
+
+def roberta():
+    return RobertaForSequenceClassification(RobertaConfig(**SIZE, intermediate_size=64, max_position_embeddings=34))
+
+
+EXTRA = {"distilbert": distilbert, "opt": opt, "phi3": phi3, "bart": bart, "roberta": roberta}
+EXTRA |= {name: like_llama(name, pad_token_id=0) for name in ("mistral", "qwen2", "qwen3", "gemma")}
+CASES = [(name, kind) for kind in ("head", "neuron") for name in sorted(ARCHITECTURES[kind])]
 
 
 def make(name):
@@ -98,8 +113,10 @@ def test_targets_name_the_blocks():
     model = build("bert")
     found = find_structures(model, "neuron", target_modules=r".*layer\.1")
     assert [s.name for s in found] == ["bert.encoder.layer.1"]
-    with pytest.raises(ValueError, match="No heads of ResNet"):
+    with pytest.raises(ValueError, match="cannot remove heads from 'resnet' models"):
         find_structures(build("resnet"), "head")
+    with pytest.raises(ValueError, match=r"they are in bert\.encoder\.layer\.0\.attention"):
+        find_structures(model, "head", target_modules=["query"])
     with pytest.raises(ValueError, match="lose all its units"):
         remove_units(model, found[0], torch.zeros(64))
 
@@ -178,6 +195,45 @@ def test_a_smaller_model_trains_on_and_saves_again(tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     assert_same_weights(weights(loaded), weights(trainer.model))
     assert loaded.bert.encoder.layer[0].attention.self.query.out_features == 16
+
+
+def test_a_share_that_a_config_refuses_is_noted_instead(tmp_path):
+    """Three of four heads do not divide Llama's hidden size, which its config insists on."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZE, intermediate_size=64)
+    trainer = make_trainer(
+        "llama",
+        tmp_path,
+        model=LlamaForCausalLM(config),
+        approx=SparsificationConfig(granularity="head", target_sparsity=0.25),
+    )
+    trainer.train()
+    trainer.save_model(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_same_weights(weights(loaded), weights(trainer.model))
+    assert loaded.model.layers[0].self_attn.o_proj.in_features == 24
+
+
+def test_the_base_model_of_a_smaller_model_loads_and_saves(tmp_path):
+    trainer = train("bert", tmp_path, granularity="head")
+    base = AutoModel.from_pretrained(tmp_path / "model")
+    expected = trainer.model.bert.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in base.state_dict().items())
+    trainer.model.bert.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    assert_same_weights(weights(again), weights(trainer.model.bert))
+    with pytest.raises(ValueError, match="cannot be made plain"):
+        again.dequantize()
+
+
+def test_targets_of_structures_go_by_the_module_that_holds_them(tmp_path):
+    target = {"bert.encoder.layer.0.attention": 0.0, "attention": 0.5}
+    trainer = make_trainer(
+        "bert", tmp_path, approx=SparsificationConfig(granularity="head", target_sparsity=target, scope="global")
+    )
+    trainer.train()
+    sizes = [layer.attention.self.query.out_features for layer in trainer.model.bert.encoder.layer]
+    assert sizes == [32, 16]
 
 
 def test_a_smaller_llama_generates_with_its_cache(tmp_path):

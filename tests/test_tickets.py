@@ -161,8 +161,18 @@ def test_a_search_goes_on_after_a_crash_and_ends_the_same(tmp_path, method, cras
         assert torch.equal(tensor, resumed_model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("other", [{"rounds": 2}, {"method": cs(target_sparsity=0.9)}], ids=["rounds", "target"])
+def test_a_search_does_not_go_on_from_another(tmp_path, other):
+    options = {"method": cs(target_sparsity=0.5), "rounds": 3, "epochs": 1}
+    search(TicketConfig(**options), checkpoint=tmp_path).run()
+    assert [path.name for path in tmp_path.iterdir()] == ["round-3"]
+    with pytest.raises(ValueError, match="holds a search with another config"):
+        search(TicketConfig(**{**options, **other}), checkpoint=tmp_path)
+
+
 def test_half_a_checkpoint_is_not_used(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "round-1").mkdir()
+    (tmp_path / "round-1" / "model.safetensors").write_bytes(b"half")
     assert search(TicketConfig(method=cs(), rounds=1, epochs=1), checkpoint=tmp_path).round == 0
 
 

@@ -16,7 +16,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name, pack, unpack
-from hf_approx.structures import apply_description, set_sizes
+from hf_approx.structures import apply_description, own_description, set_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ class ApproxQuantizer(HfQuantizer):
         _check_files(checkpoint_files or [], config.tensors)
         if config.structure is not None:
             try:
+                config.structure = own_description(model, config.structure)
                 apply_description(model, config.structure)
             except ValueError as error:
                 raise PackedFormatError(str(error)) from None
@@ -123,7 +124,7 @@ class ApproxQuantizer(HfQuantizer):
         """Make the model an ordinary one that saves through this quantizer, and its base model too."""
         for part in {model, model.base_model}:
             if self.quantization_config.structure is not None:
-                set_sizes(part, self.quantization_config.structure)
+                set_sizes(part, own_description(part, self.quantization_config.structure))
             part.hf_quantizer = self  # type: ignore[assignment]
             # Decoded weights are cast and trained like any others; transformers refuses both for quantized models.
             part.is_quantized = self.quantization_config.runtime == "packed"  # type: ignore[assignment]
@@ -180,16 +181,28 @@ class ApproxQuantizer(HfQuantizer):
                 specs[name] = written
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
+        if config.structure is not None:
+            config.structure = own_description(model, config.structure)
         keep_own_names(model)
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if self.quantization_config.runtime == "packed":
             raise ValueError("Load the model with runtime='dense' to make it plain.")
+        if self.quantization_config.structure is not None:
+            raise ValueError(
+                "The layers of this model have sizes that its architecture's config cannot express, so it cannot be "
+                "made plain: only hf_approx loads it."
+            )
         base = model.base_model
         if base is not model and hasattr(base, "hf_quantizer"):
             del base.hf_quantizer
         return model
+
+    def release(self, model: PreTrainedModel) -> None:
+        """Make a decoded model save as it is, until it is packed again."""
+        for part in {model, model.base_model}:
+            self.remove_quantization_config(part)
 
     def is_serializable(self) -> bool:
         """Loaded packed models save again."""

@@ -4,8 +4,10 @@ By Continuous Sparsification (Savarese, Silva and Maire, NeurIPS 2020), whose ro
 or by iterative magnitude pruning (Frankle et al., 2020), which rewinds after each.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +98,8 @@ class Ticket:
 class TicketSearch:
     """Runs the rounds, rewinds, and trains the ticket; after `run` the model holds it, with real zeros.
 
+    Each training, the ticket's too, has a fresh optimizer and schedule and takes `epochs` from its first step.
+
     Args:
         model: To search in; its weights change.
         config: How to search.
@@ -120,6 +124,8 @@ class TicketSearch:
     ) -> None:
         self.config, self.loss, self.optimizers, self.metric = config, loss, optimizers, metric
         self.accelerator = accelerator or Accelerator()
+        if self.accelerator.mixed_precision == "fp16" or self.accelerator.gradient_accumulation_steps != 1:
+            raise ValueError("TicketSearch: use bf16 or no mixed precision, and no gradient accumulation.")
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.method: Method = config.method.build()
         self.method.attach(model)
@@ -131,8 +137,9 @@ class TicketSearch:
         self.history: list[dict[str, float]] = []
         self.early: dict[str, Tensor] = {}
         self.accelerator.register_for_checkpointing(self)
-        if self.checkpoint is not None and (self.checkpoint / "complete").is_file():
-            self.accelerator.load_state(str(self.checkpoint))
+        saved = self._saved()
+        if saved:
+            self.accelerator.load_state(str(saved[-1]))
 
     def _mask_optimizer(self) -> Optimizer | None:
         groups = self.method.param_groups()
@@ -228,22 +235,34 @@ class TicketSearch:
         self.model.eval()
         return float(self.metric(self.model))
 
+    def _saved(self) -> list[Path]:
+        """The states that were written to their end, oldest first."""
+        if self.checkpoint is None:
+            return []
+        marks = self.checkpoint.glob("round-*/complete")
+        return sorted((mark.parent for mark in marks), key=lambda folder: int(folder.name.removeprefix("round-")))
+
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        mark = self.checkpoint / "complete"
-        if self.accelerator.is_main_process:
-            mark.unlink(missing_ok=True)
+        older, folder = self._saved(), self.checkpoint / f"round-{self.round}"
+        self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(self.checkpoint))
         if self.accelerator.is_main_process:
-            mark.touch()
+            (folder / "complete").touch()
+            for path in older:
+                shutil.rmtree(path)
         self.accelerator.wait_for_everyone()
+
+    def _identity(self) -> str:
+        """What a state must have in common with the search that goes on from it."""
+        return json.dumps({"config": asdict(self.config), "modules": list(self.method.modules)}, sort_keys=True)
 
     def state_dict(self) -> dict[str, Any]:
         """What accelerate saves beside the model."""
         optimizer = self.mask_optimizer
         return {
+            "identity": self._identity(),
             "round": self.round,
             "history": self.history,
             "early": self.early,
@@ -252,7 +271,16 @@ class TicketSearch:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: It is the state of another search.
+        """
+        if state["identity"] != self._identity():
+            raise ValueError(
+                f"TicketSearch: {self.checkpoint} holds a search with another config or other modules; give this one "
+                "a folder of its own, or go on with the config it was started with."
+            )
         self.round, self.history, self.early = state["round"], state["history"], state["early"]
         self.method.load_state_dict(state["method"])
         if self.mask_optimizer is not None:

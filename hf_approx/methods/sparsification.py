@@ -196,7 +196,11 @@ class ContinuousSparsification(Method):
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         if self._config.target_sparsity is not None:
-            plan(names, self._config.target_sparsity, "global")
+            plan(self._target_names(names), self._config.target_sparsity, "global")
+
+    def _target_names(self, names: list[str]) -> list[str]:
+        """What patterns are matched against: the modules or, for heads and neurons, those that hold them."""
+        return [self.structures[name].name if name in self.structures else name for name in names]
 
     def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
         """A mask whose scores start as the config says."""
@@ -282,7 +286,7 @@ class ContinuousSparsification(Method):
     def _groups(self) -> list[Group]:
         target = self._config.target_sparsity
         scope: Scope = self._config.scope or ("layer" if self._config.structured else "global")
-        return [] if target is None else plan(list(self.modules), target, scope)
+        return [] if target is None else plan(self._target_names(list(self.modules)), target, scope)
 
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
