@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_approx.targets import Patterns, matches
+from hf_approx.targets import Patterns, matches, own_name
 
 Kind = Literal["head", "neuron"]
 
@@ -38,15 +38,7 @@ COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_hea
 
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "head": ("num_attention_heads", "num_key_value_heads"),
-    "neuron": (
-        "intermediate_size",
-        "d_ff",
-        "n_inner",
-        "ffn_dim",
-        "hidden_dim",
-        "encoder_ffn_dim",
-        "decoder_ffn_dim",
-    ),
+    "neuron": ("intermediate_size", "d_ff", "n_inner", "ffn_dim"),
 }
 """Options of a config for the number of units; transformers maps the first to an architecture's own name."""
 
@@ -233,8 +225,9 @@ def remove_units(model: nn.Module, structure: Structure, keep: Tensor) -> int:
 def _head_counts(model: nn.Module, structure: Structure) -> dict[str, dict[str, int]]:
     """The attributes of the attention module that are proportional to the number of heads, by module."""
     found: dict[str, dict[str, int]] = {}
-    for path in (structure.name, f"{structure.name}.self".lstrip(".")):
-        holder = dict(model.named_modules()).get(path)
+    module = model.get_submodule(structure.name)
+    holders = {structure.name: module, f"{structure.name}.self".lstrip("."): getattr(module, "self", None)}
+    for path, holder in holders.items():
         counts = {name: getattr(holder, name, None) for name in COUNT_NAMES}
         found[path] = {name: count for name, count in counts.items() if isinstance(count, int)}
     return {path: counts for path, counts in found.items() if counts}
@@ -273,12 +266,7 @@ def express_in_config(model: PreTrainedModel, structures: Sequence[Structure], k
     if len(shares) != 1:
         return False
     count, units = shares.pop()
-    heads = structures[0].consumer.width > 1
-    options = (
-        ("num_attention_heads", "num_key_value_heads")
-        if heads
-        else ("intermediate_size", "d_ff", "n_inner", "ffn_dim")
-    )
+    options = OPTIONS[structures[0].kind]
     try:
         changed = type(model.config).from_dict(model.config.to_dict())
         for option in options:
@@ -302,12 +290,11 @@ def express_in_config(model: PreTrainedModel, structures: Sequence[Structure], k
 
 
 def own_description(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
-    """The description under the names of this model: a base model lacks the prefix a model with a head has."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    """The description under the names of this model; see `own_name`. Names it does not have stay as they are."""
     names = {name for name, _ in model.named_modules()}
 
     def own(name: str) -> str:
-        return next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in names), name)
+        return own_name(name, getattr(model, "base_model_prefix", ""), names) or name
 
     shapes = {}
     for name, shape in data["shapes"].items():

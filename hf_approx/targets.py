@@ -1,7 +1,7 @@
 """Which modules a method works on, chosen by the conventions of PEFT."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import nn
@@ -20,6 +20,12 @@ def matches(name: str, patterns: Patterns) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def own_name(name: str, prefix: str, existing: Container[str]) -> str | None:
+    """`name` as a model has it, or None: a base model lacks the prefix that a model with a head has."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in existing), None)
 
 
 def select_modules(

@@ -126,7 +126,7 @@ class ApproxTrainerMixin:
             self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
             if config.runtime == "packed":
                 raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
-            quantizer.release(model)
+            quantizer.remove_quantization_config(model)
 
     @property
     def _plain_model(self) -> nn.Module:

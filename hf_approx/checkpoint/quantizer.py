@@ -17,6 +17,7 @@ from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name, pack, unpack
 from hf_approx.structures import apply_description, own_description, set_sizes
+from hf_approx.targets import own_name
 
 logger = logging.getLogger(__name__)
 
@@ -194,15 +195,12 @@ class ApproxQuantizer(HfQuantizer):
                 "The layers of this model have sizes that its architecture's config cannot express, so it cannot be "
                 "made plain: only hf_approx loads it."
             )
-        base = model.base_model
-        if base is not model and hasattr(base, "hf_quantizer"):
-            del base.hf_quantizer
         return model
 
-    def release(self, model: PreTrainedModel) -> None:
-        """Make a decoded model save as it is, until it is packed again."""
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Make a decoded model, and its base model, save as they are."""
         for part in {model, model.base_model}:
-            self.remove_quantization_config(part)
+            super().remove_quantization_config(part)
 
     def is_serializable(self) -> bool:
         """Loaded packed models save again."""
@@ -235,16 +233,15 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _own_names(
     tensors: dict[str, TensorSpec], model: PreTrainedModel, existing: Container[str]
 ) -> dict[str, TensorSpec]:
-    """The entries under the names this model has: a base model lacks the prefix a model with a head has.
+    """The entries under the names this model has; see `own_name`.
 
     A tied weight is named as the one of its names that transformers writes. Entries for parameters the model
     does not have (the head of another class, a layer that was removed) are left out.
     """
-    prefix = f"{model.base_model_prefix}."
     tied = model.all_tied_weights_keys
     own = {}
     for name, spec in tensors.items():
-        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in existing), None)
+        found = own_name(name, model.base_model_prefix, existing)
         if found is not None:
             own[tied.get(found, found)] = spec
     return own

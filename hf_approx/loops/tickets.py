@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import gather_object, tqdm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -311,8 +311,6 @@ def search_in_parallel(search: Callable[[float], Ticket], initial_scores: Sequen
     Returns:
         On every process, the tickets of all searches that no other beats.
     """
-    from accelerate.utils import gather_object
-
     accelerator = Accelerator()
     with accelerator.split_between_processes(list(initial_scores)) as mine:
         found = [search(score) for score in mine]

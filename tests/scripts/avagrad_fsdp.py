@@ -15,19 +15,23 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
+def train(model: nn.Module) -> None:
+    optimizer = AvaGrad(model.parameters(), lr=0.05, eps=1e-3, weight_decay=0.01)
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
 def main(path: str) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
     model = build()
     fully_shard(model[0])
     fully_shard(model)
-    optimizer = AvaGrad(model.parameters(), lr=0.05, eps=1e-3, weight_decay=0.01)
-    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
-    for _ in range(6):
-        optimizer.zero_grad()
-        # Both processes see the whole batch, so the averaged gradient is the gradient of one process.
-        model(x).square().mean().backward()
-        optimizer.step()
+    # Both processes see the whole batch, so the averaged gradient is the gradient of one process.
+    train(model)
     full = {name: param.full_tensor() for name, param in model.named_parameters()}
     if dist.get_rank() == 0:
         torch.save(full, path)
