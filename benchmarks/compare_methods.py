@@ -1,6 +1,6 @@
 """Train a recipe dense and with every method, over several seeds, and print a Markdown table.
 
-python benchmarks/compare_methods.py --config recipes/configs/words_sparse90.yaml --seeds 0 1 2
+python benchmarks/compare_methods.py --config recipes/configs/words_sparse90.yaml --sparsity 0.8 0.9 --seeds 0 1 2
 """
 
 import argparse
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -20,28 +21,56 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "text_classification.py"
 
+BASELINES: dict[str, dict[str, Any]] = {
+    "gradual": {"method": "magnitude"},
+    "one-shot": {"method": "magnitude", "ramp_fraction": 0.0},
+    "one-shot-layer": {"method": "magnitude", "ramp_fraction": 0.0, "scope": "layer"},
+    "movement": {"method": "movement"},
+    "soft-movement": {"method": "movement", "mode": "soft"},
+    "random": {"method": "magnitude", "criterion": "random"},
+}
+METHODS = ("dense", "config", *BASELINES)
+TITLES = {
+    "dense": "dense",
+    "gradual": "gradual magnitude",
+    "one-shot": "one-shot magnitude",
+    "one-shot-layer": "one-shot magnitude, by layer",
+    "movement": "movement, top-k",
+    "soft-movement": "movement, soft",
+    "random": "random",
+}
 
-def methods(config: dict[str, Any], sparsity: float) -> dict[str, list[dict[str, Any]]]:
-    """The `approx` option of each competitor: the config's own methods against the baselines."""
-    own = [{**options, "target_sparsity": sparsity} for options in config["approx"]]
-    return {
-        "dense": [],
-        "Continuous Sparsification": own,
-        "gradual magnitude": [{"method": "magnitude", "target_sparsity": sparsity}],
-    }
+
+@dataclass(frozen=True)
+class Training:
+    """One row of the results before it is measured."""
+
+    method: str
+    target: float
+    seed: int
+
+    def options(self, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """The `approx` option of the recipe."""
+        if self.method == "dense":
+            return []
+        own = config["approx"] if self.method == "config" else [BASELINES[self.method]]
+        return [{**options, "target_sparsity": self.target} for options in own]
 
 
-def run(config: Path, approx: list[dict[str, Any]], seed: int, threads: int, overrides: list[str]) -> dict[str, Any]:
+def run(training: Training, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """One training in a process of its own; returns its row of the recipe's results."""
+    approx = training.options(config)
     with tempfile.TemporaryDirectory() as folder:
-        options = [f"approx={json.dumps(approx)}", f"baseline={str(not approx).lower()}", f"training.seed={seed}"]
-        command = [sys.executable, str(RECIPE), "--config", str(config), "--output_dir", folder]
-        for option in [*options, *overrides]:
-            command += ["--set", option]
+        settings = [f"approx={json.dumps(approx)}", f"baseline={str(not approx).lower()}"]
+        settings += [f"training.seed={training.seed}", *options.set]
+        command = [sys.executable, str(RECIPE), "--config", str(options.config), "--output_dir", folder]
+        for setting in settings:
+            command += ["--set", setting]
+        threads = max((os.cpu_count() or 1) // options.jobs, 1)
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
         if result.returncode:
-            raise RuntimeError(f"A run failed:\n{result.stderr[-3000:]}")
+            raise RuntimeError(f"{training} failed:\n{result.stderr[-3000:]}")
         return json.loads((Path(folder) / "results.json").read_text())["compressed" if approx else "dense"]
 
 
@@ -50,49 +79,72 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.4f} ± {stdev(values) if len(values) > 1 else 0:.4f}"
 
 
+def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
+    """Print one table of all rows, and one with a column for each sparsity."""
+    titles = {**TITLES, "config": own_title}
+    print(f"| method | sparsity | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["target"], METHODS.index(row["method"]), row["seed"])):
+        groups.setdefault((row["method"], row["target"]), []).append(row)
+    for (method, _), group in groups.items():
+        print(
+            f"| {titles[method]} | {mean(r['sparsity'] for r in group):.2%} | {spread([r[metric] for r in group])} "
+            f"| {len(group)} | {mean(r['bytes'] for r in group):,.0f} | {group[0]['dense_bytes']:,} "
+            f"| {mean(r['bytes'] / r['bound_bytes'] for r in group):.3f} |"
+        )
+    targets = sorted({target for method, target in groups if method != "dense"})
+    if len(targets) < 2:
+        return
+    print(f"\n| {metric} at | " + " | ".join(f"{target:.0%}" for target in targets) + " |")
+    print("| --- |" + " --- |" * len(targets))
+    for method in METHODS[1:]:
+        cells = [spread([r[metric] for r in groups[method, t]]) if (method, t) in groups else "" for t in targets]
+        if any(cells):
+            print(f"| {titles[method]} | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="config of recipes/text_classification.py")
+    parser.add_argument("--methods", nargs="+", default=["dense", "config", "gradual"], choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--title", default="Continuous Sparsification", help="what the table calls the config's own")
     parser.add_argument("--metric", default="accuracy", help="the number of the recipe's results to show")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the config")
-    parser.add_argument("--output", type=Path, help="also write every number as JSON")
+    parser.add_argument("--output", type=Path, help="JSON lines of every training; those already there are kept")
     options = parser.parse_args()
     config = yaml.safe_load(options.config.read_text())
 
-    tasks = [
-        (sparsity, name, seed, approx)
-        for sparsity in options.sparsity
-        for name, approx in methods(config, sparsity).items()
-        if approx or sparsity == options.sparsity[0]
+    rows = []
+    if options.output is not None and options.output.exists():
+        rows = [json.loads(line) for line in options.output.read_text().splitlines()]
+    done = {Training(row["method"], row["target"], row["seed"]) for row in rows}
+    # Seed by seed, so that an interrupted run has compared every method.
+    wanted = [
+        Training(method, 0.0 if method == "dense" else target, seed)
         for seed in options.seeds
+        for target in options.sparsity
+        for method in options.methods
     ]
-    threads = max((os.cpu_count() or 1) // options.jobs, 1)
-    bar = tqdm(total=len(tasks), desc="trainings")
+    wanted = [training for training in dict.fromkeys(wanted) if training not in done]
+    bar = tqdm(total=len(wanted), desc="trainings")
 
-    def work(task: tuple[float, str, int, list[dict[str, Any]]]) -> dict[str, Any]:
-        sparsity, name, seed, approx = task
-        row = run(options.config, approx, seed, threads, options.set)
+    def work(training: Training) -> dict[str, Any]:
+        row = {**asdict(training), **run(training, options, config)}
+        if options.output is not None:
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         bar.update()
-        return {"target": sparsity if approx else 0.0, "method": name, "seed": seed, **row}
+        return row
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(work, tasks))
+        rows += pool.map(work, wanted)
     bar.close()
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=2) + "\n")
-    print(f"| method | sparsity | {options.metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for key in dict.fromkeys((row["target"], row["method"]) for row in rows):
-        group = [row for row in rows if (row["target"], row["method"]) == key]
-        print(
-            f"| {key[1]} | {mean(r['sparsity'] for r in group):.2%} | {spread([r[options.metric] for r in group])} "
-            f"| {len(group)} | {mean(r['bytes'] for r in group):,.0f} | {group[0]['dense_bytes']:,} "
-            f"| {mean(r['bytes'] / r['bound_bytes'] for r in group):.3f} |"
-        )
+    show(rows, options.metric, options.title)
 
 
 if __name__ == "__main__":

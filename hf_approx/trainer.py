@@ -139,7 +139,7 @@ class ApproxTrainerMixin:
         groups = [] if self._finalized else [group for m in self.methods for group in m.param_groups()]
         if trainer.optimizer is not None:
             if groups and not isinstance(trainer.optimizer, CompositeOptimizer):
-                trainer.optimizer = CompositeOptimizer(trainer.optimizer, torch.optim.Adam(groups))
+                trainer.optimizer = CompositeOptimizer(trainer.optimizer, torch.optim.Adam(groups, fused=True))
             return trainer.optimizer
         own = [param for group in groups for param in group["params"]]
         for param in own:
@@ -156,7 +156,7 @@ class ApproxTrainerMixin:
                 decays = any(id(param) in decayed for param in group["params"])
                 group["weight_decay"] = self._avagrad.weight_decay if decays else 0.0
         if groups:
-            optimizer = CompositeOptimizer(optimizer, torch.optim.Adam(groups))
+            optimizer = CompositeOptimizer(optimizer, torch.optim.Adam(groups, fused=True))
         trainer.optimizer = optimizer
         return optimizer
 

@@ -31,8 +31,8 @@ class RecipeConfig:
 
     Attributes:
         model: Hub id, folder, or `package:NAME/FOLDER` for files inside an installed Python package.
-        dataset: Arguments of `datasets.load_dataset`, or `{python: MODULE:FUNCTION}` for a function that
-            returns a `DatasetDict`; the module may be a file beside this one.
+        dataset: Arguments of `datasets.load_dataset`, or `{python: MODULE:FUNCTION, ...}` for a function that
+            takes the other entries and returns a `DatasetDict`; the module may be a file beside this one.
         text_columns: One column, or two for pairs.
         label_column: Column of class numbers or names.
         train_split: Split to train on.
@@ -168,11 +168,12 @@ def load_data(config: RecipeConfig) -> DatasetDict:
     """
     options = dict(config.dataset)
     if "python" in options:
-        module, _, function = options["python"].partition(":")
+        source = options.pop("python")
+        module, _, function = source.partition(":")
         try:
-            data = getattr(importlib.import_module(module), function)()
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"dataset: cannot load {options['python']!r}: {error}") from None
+            data = getattr(importlib.import_module(module), function)(**options)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ConfigError(f"dataset: cannot load {source!r}: {error}") from None
     else:
         data = load_dataset(**options)
     for split in (config.train_split, config.eval_split):
