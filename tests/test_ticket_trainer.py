@@ -208,9 +208,16 @@ def test_a_method_without_rounds_is_refused():
         TicketConfig(method=MovementPruningConfig())
 
 
-def test_a_start_beyond_the_round_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="rewind_step 4 lies beyond a round of 4 steps"):
-        make(tmp_path, search={"rewind_step": 4}).train()
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"rewind_step": 4}, "rewind_step 4 lies beyond a round of 4 steps"),
+        ({"rewind_step": None, "rewind_epoch": 1}, "rewind_epoch 1 lies beyond a round of 4 steps"),
+    ],
+)
+def test_a_start_beyond_the_round_is_refused(tmp_path, search, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, search=search).train()
 
 
 def test_frozen_weights_stay_and_the_rest_trains(tmp_path):

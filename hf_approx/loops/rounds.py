@@ -64,6 +64,10 @@ class TicketConfig:
                 raise ValueError(f"TicketConfig: {name} must be an integer >= {least}, got {value!r}.")
         if self.rewind_step is not None and self.rewind_epoch is not None:
             raise ValueError("TicketConfig: give rewind_step or rewind_epoch, not both.")
+        if self.epochs is not None and (self.rewind_epoch or 0) >= self.epochs:
+            raise ValueError(
+                f"TicketConfig: rewind_epoch {self.rewind_epoch} lies beyond a round of {self.epochs} epochs."
+            )
         if self.reset not in ("paper", "legacy"):
             raise ValueError(f"TicketConfig: reset must be 'paper' or 'legacy', got {self.reset!r}.")
         if self.mask_optimizer not in ("adam", "sgd"):

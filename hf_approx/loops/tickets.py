@@ -135,7 +135,7 @@ def pareto_front(tickets: Sequence[Ticket]) -> list[Ticket]:
 
 def search_in_parallel(
     search: Callable[[float], Ticket], initial_scores: Sequence[float], accelerator: Accelerator | None = None
-) -> list[Ticket]:
+) -> dict[float, Ticket]:
     """Independent searches from several initial scores, shared out over the processes of the launch.
 
     Args:
@@ -145,13 +145,15 @@ def search_in_parallel(
         accelerator: Default: a new one.
 
     Returns:
-        On every process, the tickets of all searches that no other beats.
+        On every process, by initial score, the tickets of all searches that no other beats; sparsest last.
     """
     accelerator = accelerator or Accelerator()
     mine = initial_scores[accelerator.process_index :: accelerator.num_processes]
     with _alone():
-        found = [search(score) for score in mine]
-    return pareto_front(gather_object(found))
+        found = [(score, search(score)) for score in mine]
+    everywhere = gather_object(found)
+    front = pareto_front([ticket for _, ticket in everywhere])
+    return {score: best for best in front for score, ticket in everywhere if ticket is best}
 
 
 @contextmanager

@@ -47,4 +47,4 @@ def search(initial_score: float) -> Ticket:
 tickets = search_in_parallel(search, [-0.1, 0.0, 0.05, 0.1], accelerator)
 assert accelerator.num_processes == processes, accelerator.num_processes
 path = folder / f"rank{accelerator.process_index}.json"
-path.write_text(json.dumps([asdict(ticket) for ticket in tickets]))
+path.write_text(json.dumps([[score, asdict(ticket)] for score, ticket in tickets.items()]))
