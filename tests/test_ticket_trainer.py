@@ -1,12 +1,15 @@
 """TicketTrainer: exact sparsity and rewinding, packed saving, exact resumption, and what it refuses."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from helpers import arguments, assert_same_weights, weights
+from helpers import ROOT, arguments, assert_same_weights, weights
 from hf_approx import (
     AvaGradConfig,
     MagnitudePruningConfig,
@@ -16,6 +19,7 @@ from hf_approx import (
     TicketTrainer,
 )
 from models import batch, build, dataset
+from scripts import ticket_ddp
 
 IMP = MagnitudePruningConfig(target_sparsity=0.75)
 
@@ -230,3 +234,23 @@ def test_frozen_weights_stay_and_the_rest_trains(tmp_path):
         kept = after[name] != 0
         assert torch.equal(after[name][kept], before[name][kept])
     assert not torch.equal(after["classifier.weight"], before["classifier.weight"])
+
+
+def test_two_processes_equal_one_also_where_only_the_ticket_is_left_to_train(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
+    script = ROOT / "tests" / "scripts" / "ticket_ddp.py"
+    subprocess.run(
+        [*launch, "--config_file", str(config), str(script), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    one = weights(ticket_ddp.search(tmp_path / "one", 1).model)
+    straight = torch.load(tmp_path / "straight-0.pt")
+    for name in one:
+        assert torch.equal(one[name] == 0, straight[name] == 0), name
+        torch.testing.assert_close(one[name], straight[name], rtol=1e-4, atol=1e-6, msg=name)
+    for other in ("straight-1", "resumed-0", "resumed-1"):
+        assert_same_weights(torch.load(tmp_path / f"{other}.pt"), straight)
