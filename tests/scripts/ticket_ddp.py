@@ -34,7 +34,7 @@ def search(folder: Path, processes: int, resume: bool = False) -> TicketTrainer:
         train_dataset=dataset("bert"),
         eval_dataset=dataset("bert", 16, seed=1),
         search=TicketConfig(method=method, rounds=2, rewind_step=2),
-        store_dtype=None,
+        store_dtype="float32",
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
