@@ -1,9 +1,11 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
+from hf_approx.loops import TicketConfig
 from hf_approx.methods import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
+from hf_approx.ticket_trainer import TicketTrainer
 from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
 
 __version__ = "0.1.0"
@@ -19,6 +21,8 @@ __all__ = [
     "MovementPruningConfig",
     "PackedFormatError",
     "SparsificationConfig",
+    "TicketConfig",
+    "TicketTrainer",
     "attach_packing",
     "keep_zeros",
 ]

@@ -4,10 +4,10 @@ import importlib
 import json
 import re
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import yaml
@@ -19,6 +19,8 @@ from hf_approx import AvaGradConfig
 from hf_approx.methods import METHODS, MethodConfig
 
 RECIPES = Path(__file__).parent
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -90,19 +92,22 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _build(cls: type[Any], options: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in fields(cls)}
+def _build(cls: type[T], options: dict[str, Any], where: str) -> T:
+    known = {f.name: f for f in fields(cast(Any, cls))}
     for name in options:
         if name not in known:
             raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
+    missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in options]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(sorted(missing))} must be given.")
     try:
         return cls(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
-    """Read a YAML config; each override is `KEY=VALUE` or `KEY.SUBKEY=VALUE`, its value YAML.
+def read_yaml(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
+    """Read a YAML file into a dataclass; each override is `KEY=VALUE` or `KEY.SUBKEY=VALUE`, its value YAML.
 
     Raises:
         ConfigError: The file is missing, no YAML mapping, or has unknown, missing or impossible values.
@@ -115,10 +120,12 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
         raise ConfigError(f"{path} must hold a mapping of options.")
     for override in overrides or []:
         _override(data, override)
-    missing = {"model", "dataset", "text_columns"} - set(data)
-    if missing:
-        raise ConfigError(f"{path}: {', '.join(sorted(missing))} must be given.")
-    config = _build(RecipeConfig, data, str(path))
+    return _build(cls, data, str(path))
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
+    """Read the config of a text recipe, as `read_yaml` does, and check what it holds."""
+    config = read_yaml(RecipeConfig, path, overrides)
     if isinstance(config.text_columns, str):
         config.text_columns = [config.text_columns]
     for name in config.training:

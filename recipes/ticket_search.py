@@ -1,11 +1,12 @@
 """Search for winning tickets in a ResNet-20 on 8 x 8 digits, and compare them with the dense network.
 
-accelerate launch recipes/ticket_search.py --sparsity 0.8 --rounds 3 --epochs 15
+accelerate launch recipes/ticket_search.py --config recipes/configs/tickets_digits.yaml
 """
 
 import argparse
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,81 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from common import write_json
-from hf_approx import MagnitudePruningConfig, SparsificationConfig
-from hf_approx.loops import TicketConfig, TicketSearch
+from common import ConfigError, read_yaml, write_json
+from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig
+from hf_approx.loops import Ticket, TicketSearch, search_in_parallel
 from resnet20 import ResNet20
 
 VALIDATION = 360
 """Of the 1,797 digits; the split is the same for every seed."""
+
+
+@dataclass
+class TicketRecipe:
+    """One YAML file.
+
+    Attributes:
+        methods: "continuous" sparsification, "magnitude" pruning, or both.
+        rounds: Rounds of the search.
+        epochs: Epochs of each round, of the ticket's training, and of the dense network's.
+        rewind_epoch: At whose start the weights are those of the ticket.
+        batch_size: Images in a batch.
+        lr: SGD's learning rate for the weights.
+        mask_lr: Adam's learning rate for the scores.
+        weight_decay: Of the weights.
+        seed: Of everything but the split.
+        sparsity: Of the 3 x 3 convolutions; None with initial scores.
+        initial_scores: One search of continuous sparsification for each, without a target sparsity.
+        penalty: Per unit of mask; used with initial scores.
+    """
+
+    methods: list[str]
+    rounds: int
+    epochs: int
+    rewind_epoch: int
+    batch_size: int
+    lr: float
+    mask_lr: float
+    weight_decay: float
+    seed: int
+    sparsity: float | None = None
+    initial_scores: list[float] = field(default_factory=list)
+    penalty: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
+        for name in ("lr", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+        if not set(self.methods) <= {"continuous", "magnitude"}:
+            raise ValueError(f"methods must be continuous or magnitude, got {self.methods}.")
+        if (self.sparsity is None) == (not self.initial_scores):
+            raise ValueError("give sparsity or initial_scores, and not both.")
+        if self.initial_scores and self.methods != ["continuous"]:
+            raise ValueError("initial_scores are those of the method continuous alone.")
+        for method in self.methods:
+            for score in self.initial_scores or [0.0]:
+                self.search(method, score)
+
+    def search(self, method: str, initial_score: float) -> TicketConfig:
+        """How to search by one method."""
+        target: dict[str, Any] = {"target_sparsity": self.sparsity, "target_modules": ResNet20.masked}
+        continuous = SparsificationConfig(
+            preset="paper",
+            soft_fraction=1.0,
+            mask_lr=self.mask_lr,
+            penalty=self.penalty,
+            initial_score=initial_score,
+            **target,
+        )
+        return TicketConfig(
+            method=continuous if method == "continuous" else MagnitudePruningConfig(**target),
+            rounds=self.rounds,
+            epochs=self.epochs,
+            rewind_epoch=self.rewind_epoch,
+        )
 
 
 def digits(device: torch.device) -> tuple[TensorDataset, TensorDataset]:
@@ -32,7 +101,7 @@ def digits(device: torch.device) -> tuple[TensorDataset, TensorDataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise SystemExit("error: the digits come with scikit-learn: pip install 'hf-approx[bench]'") from None
+        raise ConfigError("the digits come with scikit-learn: pip install 'hf-approx[bench]'") from None
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32, device=device)[:, None] / 8 - 1
     labels = torch.tensor(data.target, device=device)
@@ -50,22 +119,22 @@ def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
 class Experiment:
     """The data and the training settings that every competitor shares."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.accelerator = Accelerator()
+    def __init__(self, config: TicketRecipe, output_dir: Path | None) -> None:
+        self.config, self.output_dir = config, output_dir
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.train_data, self.held_out = digits(self.accelerator.device)
 
     def loader(self) -> DataLoader[Any]:
         """Shuffled training batches."""
-        return DataLoader(self.train_data, self.options.batch_size, shuffle=True)
+        return DataLoader(self.train_data, self.config.batch_size, shuffle=True)
 
     def optimizers(self, params: Iterable[nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
         """SGD with Nesterov momentum, and a learning rate that falls to zero along a cosine."""
+        config = self.config
         optimizer = torch.optim.SGD(
-            params, lr=self.options.lr, momentum=0.9, nesterov=True, weight_decay=self.options.weight_decay
+            params, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
         )
-        steps = len(self.loader()) * self.options.epochs
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(self.loader()) * config.epochs)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
@@ -75,9 +144,10 @@ class Experiment:
 
     def dense(self) -> dict[str, float]:
         """Train the whole network once."""
+        set_seed(self.config.seed)
         model = self.accelerator.prepare(ResNet20(channels=1))
         optimizer, scheduler = self.optimizers(model.parameters())
-        for _ in range(self.options.epochs):
+        for _ in range(self.config.epochs):
             model.train()
             for batch in self.loader():
                 loss(model, batch).backward()
@@ -86,28 +156,30 @@ class Experiment:
                 scheduler.step()
         return {"sparsity": 0.0, "accuracy": self.accuracy(model.eval())}
 
-    def ticket(self, name: str) -> dict[str, float]:
-        """Search for a ticket and train it."""
-        target = {"target_sparsity": self.options.sparsity, "target_modules": ResNet20.masked}
-        method: Any = MagnitudePruningConfig(**target)
-        if name == "continuous":
-            method = SparsificationConfig(preset="paper", soft_fraction=1.0, mask_lr=self.options.mask_lr, **target)
-        loader = self.loader()
-        config = TicketConfig(
-            method=method,
-            rounds=self.options.rounds,
-            epochs=self.options.epochs,
-            rewind_step=self.options.rewind_epoch * len(loader),
-        )
-        folder = None
-        if self.options.output_dir is not None:
-            folder = self.options.output_dir / f"{name}-{self.options.seed}"
+    def ticket(self, method: str, initial_score: float = 0.0) -> Ticket:
+        """Search for a ticket and train it; with a folder, go on from where a crash left off."""
+        config = self.config
+        set_seed(config.seed)
+        search = config.search(method, initial_score)
+        name = f"{method}-{config.seed}" + (f"-{initial_score}" if config.initial_scores else "")
+        folder = None if self.output_dir is None else self.output_dir / name
         model = ResNet20(channels=1)
-        search = TicketSearch(
-            model, config, loader, loss, self.optimizers, self.accuracy, self.accelerator, checkpoint=folder
-        )
-        found = search.run()
-        return {"sparsity": found.sparsity, "supermask": found.supermask, "accuracy": found.metric}
+        run = TicketSearch(model, search, self.loader(), loss, self.optimizers, self.accuracy, checkpoint=folder)
+        return run.run()
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The dense network, then a ticket of each method or the best of all initial scores."""
+        rows, config = {"dense": self.dense()}, self.config
+        if config.initial_scores:
+            front = search_in_parallel(
+                lambda score: self.ticket("continuous", score), config.initial_scores, self.accelerator
+            )
+            tickets = {f"continuous, s0 = {score}": ticket for score, ticket in front.items()}
+        else:
+            tickets = {method: self.ticket(method) for method in config.methods}
+        for name, found in tickets.items():
+            rows[name] = {"sparsity": found.sparsity, "supermask": found.supermask, "accuracy": found.metric}
+        return rows
 
 
 def show(rows: dict[str, dict[str, float]]) -> None:
@@ -122,32 +194,19 @@ def show(rows: dict[str, dict[str, float]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the search")
-    parser.add_argument("--epochs", type=int, default=15, help="epochs of each round, and of the ticket's training")
-    parser.add_argument("--sparsity", type=float, default=0.8, help="of the 3 x 3 convolutions")
-    parser.add_argument("--rewind_epoch", type=int, default=2, help="whose weights the ticket starts from")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--mask_lr", type=float, default=1e-2, help="Adam's learning rate for the scores")
-    parser.add_argument("--weight_decay", type=float, default=1e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--methods", nargs="+", default=["continuous", "magnitude"], choices=["continuous", "magnitude"]
-    )
+    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs/tickets_*.yaml")
     parser.add_argument("--output_dir", type=Path, help="results, and states to go on from after a crash")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
     options = parser.parse_args(argv)
     try:
-        experiment = Experiment(options)
-        rows = {}
-        for name in ["dense", *options.methods]:
-            set_seed(options.seed)
-            rows[name] = experiment.dense() if name == "dense" else experiment.ticket(name)
+        experiment = Experiment(read_yaml(TicketRecipe, options.config, options.set), options.output_dir)
+        rows = experiment.rows()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if experiment.accelerator.is_main_process:
         if options.output_dir is not None:
-            write_json(options.output_dir / f"results-{options.seed}.json", rows)
+            write_json(options.output_dir / f"results-{experiment.config.seed}.json", rows)
         show(rows)
     return 0
 

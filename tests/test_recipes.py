@@ -129,17 +129,60 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+TICKETS = ROOT / "recipes" / "configs" / "tickets_digits.yaml"
+SHORT = ["--set", "epochs=1", "--set", "rounds=2", "--set", "rewind_epoch=0"]
+
+
 def test_ticket_search(tmp_path, capsys):
-    options = ["--epochs", "1", "--rounds", "2", "--rewind_epoch", "0", "--sparsity", "0.7"]
-    assert ticket_search.main([*options, "--output_dir", str(tmp_path)]) == 0
+    options = ["--config", str(TICKETS), "--output_dir", str(tmp_path), *SHORT, "--set", "sparsity=0.7"]
+    assert ticket_search.main(options) == 0
     rows = json.loads((tmp_path / "results-0.json").read_text())
     assert list(rows) == ["dense", "continuous", "magnitude"]
     printed = capsys.readouterr().out
     for name in ("continuous", "magnitude"):
         assert rows[name]["sparsity"] == pytest.approx(0.7, abs=1e-3)
         assert f"{rows[name]['accuracy']:.4f}" in printed
-    assert ticket_search.main(["--epochs", "1", "--rewind_epoch", "3"]) == 2
-    assert "beyond a round" in capsys.readouterr().err
+
+
+def test_ticket_search_from_several_initial_scores(tmp_path, capsys):
+    config = TICKETS.with_name("tickets_digits_pareto.yaml")
+    scores = "initial_scores=[-0.3, 0.3]"
+    options = ["--config", str(config), "--output_dir", str(tmp_path), *SHORT, "--set", scores]
+    assert ticket_search.main(options) == 0
+    rows = json.loads((tmp_path / "results-0.json").read_text())
+    dense, *front = rows
+    assert dense == "dense"
+    assert set(front) <= {"continuous, s0 = -0.3", "continuous, s0 = 0.3"}
+    assert [rows[name]["sparsity"] for name in front] == sorted(rows[name]["sparsity"] for name in front)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in front)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewind_epoch=15", "rewind_epoch 15 lies beyond a round of 15 epochs"),
+        ("methods=[movement]", "methods must be continuous or magnitude"),
+        ("sparsity=null", "give sparsity or initial_scores"),
+        ("initial_scores=[0.1]", "give sparsity or initial_scores"),
+        ("sparsity=2", "target_sparsity must be between 0 and 1"),
+        ("rounds=0", "rounds must be an integer >= 1"),
+        ("mask_lr=-1", "mask_lr must be a finite number >= 0"),
+        ("batch_size=none", "batch_size must be a positive integer, got 'none'"),
+        ("lr=fast", "lr must be a number >= 0, got 'fast'"),
+        ("sparsty=0.5", "unknown option 'sparsty'"),
+    ],
+)
+def test_a_wrong_ticket_config_is_one_line(capsys, override, message):
+    assert ticket_search.main(["--config", str(TICKETS), "--set", override]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_ticket_config_must_say_everything(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text("{methods: [magnitude], rounds: 1, sparsity: 0.5}")
+    assert ticket_search.main(["--config", str(path)]) == 2
+    assert "batch_size, epochs, lr, mask_lr, rewind_epoch, seed, weight_decay must be given" in capsys.readouterr().err
 
 
 def test_nothing_to_train_is_an_error(config, capsys):

@@ -1,13 +1,18 @@
 """Ticket search: rounds, resets and rewinding against the published rules, and exact resumption."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_approx import MagnitudePruningConfig, SparsificationConfig
+from helpers import ROOT, assert_same_weights
+from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from hf_approx.loops import Ticket, TicketConfig, TicketSearch, pareto_front, search_in_parallel
 
 
@@ -68,7 +73,7 @@ def test_b3_reset_between_rounds():
         with torch.no_grad():
             method.masks[0].scores.copy_(torch.tensor([[-0.05, -0.001, 0.002, 0.3]]))
         method.on_round_step(0, 3, 0.9)
-        method.next_round(legacy=legacy)
+        assert method.end_round(0, 3, legacy) is False
         torch.testing.assert_close(method.masks[0].scores.detach()[0], torch.tensor(scores))
         torch.testing.assert_close(method.masks[0].mask().detach()[0], torch.tensor(soft), rtol=1e-2, atol=1e-4)
         assert method.metrics()["temperature"] == 1.0
@@ -109,6 +114,38 @@ def test_b4_the_ticket_starts_from_the_exact_early_weights(method):
     assert all(torch.equal(untrained[name], tensor) for name, tensor in early.items())
     assert ticket.supermask == 3.0
     assert [entry["metric"] for entry in ticket.history] == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("option", [{"rewind_step": 6}, {"rewind_epoch": 2}], ids=["step", "epoch"])
+def test_the_ticket_starts_from_the_start_of_the_epoch(option):
+    """Two epochs of three batches were trained by then: counted by the normalisation's own buffer."""
+    run = search(TicketConfig(method=cs(), rounds=1, epochs=3, **option))
+    run.run()
+    assert int(run.early["1.num_batches_tracked"]) == 6
+
+
+def test_frozen_weights_stay_while_scores_and_the_rest_train():
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    method = cs(train_weights=False, scale_mask=False, target_sparsity=0.5)
+    ticket = search(TicketConfig(method=method, rounds=2, epochs=2), model=model).run()
+    after = model.state_dict()
+    assert ticket.sparsity == pytest.approx(0.5, abs=5e-3)
+    for name in ticket.names:
+        kept = after[name] != 0
+        assert torch.equal(after[name][kept], before[name][kept])
+        assert model.get_parameter(name).requires_grad
+    assert not torch.equal(after["4.bias"], before["4.bias"])
+
+
+def test_a_supermask_of_a_model_without_other_parameters():
+    """There is nothing to train in the ticket: it is what the search left."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False))
+    method = cs(train_weights=False, target_modules=["1"], target_sparsity=0.5)
+    ticket = search(TicketConfig(method=method, rounds=2, epochs=1), model=model).run()
+    assert len(ticket.history) == 2
+    assert ticket.metric == ticket.supermask == accuracy(model)
+    assert int((model[1].weight == 0).sum()) == 24
 
 
 def test_weights_go_on_between_rounds_of_continuous_sparsification():
@@ -166,8 +203,10 @@ def test_a_search_does_not_go_on_from_another(tmp_path, other):
     options = {"method": cs(target_sparsity=0.5), "rounds": 3, "epochs": 1}
     search(TicketConfig(**options), checkpoint=tmp_path).run()
     assert [path.name for path in tmp_path.iterdir()] == ["round-3"]
+    model = build()
     with pytest.raises(ValueError, match="holds a search with another config"):
-        search(TicketConfig(**{**options, **other}), checkpoint=tmp_path)
+        search(TicketConfig(**{**options, **other}), checkpoint=tmp_path, model=model)
+    assert_same_weights(model.state_dict(), build().state_dict())
 
 
 def test_half_a_checkpoint_is_not_used(tmp_path):
@@ -183,11 +222,11 @@ def ticket(sparsity, metric):
 def test_pareto_front():
     tickets = [ticket(0.5, 0.9), ticket(0.8, 0.9), ticket(0.9, 0.8), ticket(0.85, 0.7), ticket(0.95, 0.6)]
     assert [t.sparsity for t in pareto_front(tickets)] == [0.8, 0.9, 0.95]
-    assert search_in_parallel(lambda score: ticket(0.5 - score, 0.9 + score), [0.1, -0.1, 0.0]) == [
-        ticket(0.4, 1.0),
-        ticket(0.5, 0.9),
-        ticket(0.6, 0.8),
-    ]
+
+
+def test_the_front_of_several_searches_says_where_each_started():
+    found = search_in_parallel(lambda score: ticket(0.5 - score, 0.9 - abs(score - 0.05)), [0.3, -0.1, 0.0])
+    assert list(found.items()) == [(0.0, ticket(0.5, 0.9 - 0.05)), (-0.1, ticket(0.6, 0.9 - abs(-0.1 - 0.05)))]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +238,12 @@ def test_pareto_front():
         ({"mask_optimizer": "lion"}, "mask_optimizer must be"),
         ({"method": SparsificationConfig()}, "set soft_fraction=1.0"),
         ({"method": SparsificationConfig(granularity="head", soft_fraction=1.0)}, "cannot be rewound"),
+        ({"method": MovementPruningConfig()}, "MovementPruningConfig: this method does not work in the rounds"),
+        ({"method": "sparsification"}, "must be the config of a method"),
+        ({"rewind_step": 0, "rewind_epoch": 0}, "rewind_step or rewind_epoch, not both"),
+        ({"rewind_epoch": -1}, "rewind_epoch must be"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"epochs": 2, "rewind_epoch": 2}, "rewind_epoch 2 lies beyond a round of 2 epochs"),
     ],
 )
 def test_bad_ticket_config(options, message):
@@ -206,6 +251,33 @@ def test_bad_ticket_config(options, message):
         TicketConfig(**options)
 
 
-def test_a_rewind_step_beyond_the_round_is_refused():
-    with pytest.raises(ValueError, match="beyond a round of 3 steps"):
+def test_a_start_beyond_the_round_is_refused():
+    with pytest.raises(ValueError, match="rewind_step 3 lies beyond a round of 3 steps"):
         search(TicketConfig(method=cs(), rounds=1, epochs=1, rewind_step=3)).run()
+
+
+def test_epochs_must_be_given():
+    model = build()
+    with pytest.raises(ValueError, match="epochs must be given"):
+        search(TicketConfig(method=cs(), rounds=1), model=model)
+    assert model.state_dict().keys() == build().state_dict().keys()
+
+
+def test_parallel_searches_do_not_touch_each_other(tmp_path):
+    """Two processes find what one does: no gradient is averaged and no data is shared out between searches."""
+    found = []
+    for processes, config in ((1, "cpu.yaml"), (2, "cpu_2_processes.yaml")):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+        script = [ROOT / "tests" / "scripts" / "parallel_tickets.py", folder, processes]
+        subprocess.run(
+            [*launch, "--config_file", ROOT / "recipes" / "accelerate" / config, *map(str, script)],
+            check=True,
+            capture_output=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        found += [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) > 1

@@ -27,6 +27,16 @@ class MethodConfig(ABC):
     def build(self) -> "Method":
         """The method object this config describes."""
 
+    def check_rounds(self) -> None:
+        """Raise `ValueError` unless the method can work in the rounds of a ticket search; by default none can.
+
+        One that can overrides this, and `on_round_step` and `end_round` of its `Method`.
+        """
+        raise ValueError(
+            f"{type(self).__name__}: this method does not work in the rounds of a ticket search; choose one that "
+            "does, such as SparsificationConfig."
+        )
+
 
 class Method(ABC):
     """A method at work on one model. It knows no trainer: any loop can drive it.
@@ -73,6 +83,28 @@ class Method(ABC):
     @abstractmethod
     def on_step(self, progress: float) -> None:
         """Advance every schedule to `progress`, from 0 at the first step of training to 1 at the last."""
+
+    def on_round_step(self, round_: int, rounds: int, progress: float) -> None:
+        """As `on_step`, in a round of a ticket search.
+
+        Args:
+            round_: Which round, from 0.
+            rounds: How many there are.
+            progress: From 0 at the first step of the round to less than 1 at its last.
+        """
+
+    def end_round(self, round_: int, rounds: int, legacy: bool = False) -> bool:
+        """Make ready for the next round of a ticket search or, after the last, for `settle`.
+
+        Args:
+            round_: The round that ended, from 0.
+            rounds: How many there are.
+            legacy: Follow the published script where it departs from the paper.
+
+        Returns:
+            Whether the next round starts from the early weights again.
+        """
+        return False
 
     def penalty(self) -> Tensor | None:
         """Scalar to add to the loss of a batch, or None."""

@@ -46,6 +46,9 @@ class MagnitudePruningConfig(MethodConfig):
         if self.criterion not in ("magnitude", "random"):
             raise ValueError(f"{where}: criterion must be 'magnitude' or 'random', got {self.criterion!r}.")
 
+    def check_rounds(self) -> None:
+        """Any settings will do."""
+
     def build(self) -> "MagnitudePruning":
         """The method this config describes."""
         return MagnitudePruning(self)
@@ -104,18 +107,19 @@ class MagnitudePruning(Method):
             self._prune(progress / ramp)
         self._calls += 1
 
-    def prune_round(self, round_: int, rounds: int) -> None:
-        """Iterative pruning: after round `round_` of `rounds`, counted from 1, the density is its share of the powers.
+    def end_round(self, round_: int, rounds: int, legacy: bool = False) -> bool:
+        """Iterative pruning: each round removes the same fraction of what was left, and rewinds.
 
-        Each round removes the same fraction of what was left: density d^(round / rounds).
+        After round r of R, counted from 0, the density is d^((r + 1) / R).
         """
         groups = plan(list(self.modules), self._config.target_sparsity, self._config.scope)
-        now = [Group(g.members, 1 - (1 - g.target) ** (round_ / rounds)) for g in groups]
+        now = [Group(g.members, 1 - (1 - g.target) ** ((round_ + 1) / rounds)) for g in groups]
         # Weights that are gone rank last, whatever the optimizer made of them since.
         order = [order * mask for order, mask in zip(self._order(), self._masks, strict=True)]
         for buffer, mask in zip(self._masks, top_masks(order, now), strict=True):
             buffer.copy_(mask)
-        self._settled = round_ == rounds
+        self._settled = round_ + 1 == rounds
+        return True
 
     def settle(self) -> None:
         """Prune to the target and keep that mask; what is settled stays."""

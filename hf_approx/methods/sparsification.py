@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.methods.base import HISTOGRAM_BINS, Method, MethodConfig
@@ -122,6 +123,13 @@ class SparsificationConfig(MethodConfig):
     )
     mask_lr: float | None = field(default=None, metadata={"help": "Adam's learning rate for the scores."})
     penalty: float = field(default=1e-8, metadata={"help": "lambda, per unit of mask; without a target sparsity."})
+    train_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "False: a pure supermask. The target weights keep the values they have (folded scale aside) and "
+            "only their scores are trained; every other parameter is trained as usual."
+        },
+    )
 
     def __post_init__(self) -> None:
         where = "SparsificationConfig"
@@ -162,6 +170,15 @@ class SparsificationConfig(MethodConfig):
         given = {name: getattr(self, name) for name in PRESETS[self.preset]}
         return Settings(**{name: PRESETS[self.preset][name] if v is None else v for name, v in given.items()})
 
+    def check_rounds(self) -> None:
+        """Raise `ValueError` unless the masks are soft for a whole round and nothing is cut out of the model."""
+        if self.structured:
+            raise ValueError("SparsificationConfig: heads and neurons cannot be rewound; use another granularity.")
+        if self.settings().soft_fraction != 1.0:
+            raise ValueError(
+                "SparsificationConfig: in a ticket search the masks are soft for a whole round; set soft_fraction=1.0."
+            )
+
     @property
     def structured(self) -> Kind | None:
         """The kind of structure that is removed, if it is one."""
@@ -182,6 +199,7 @@ class ContinuousSparsification(Method):
         self._config = config
         self._settings = config.settings()
         self.structures: dict[str, Structure] = {}
+        self._frozen: list[nn.Parameter] = []
         self._settled = False
         self._learned_sparsity: float | None = None
         self._force = 0.0
@@ -205,6 +223,30 @@ class ContinuousSparsification(Method):
         self._model = model
         self.structures = {structure.consumer.module: structure for structure in structures}
         return {name: model.get_submodule(name) for name in self.structures}
+
+    def attach(self, model: nn.Module) -> None:
+        """Also freeze the target weights, if they are not to be trained."""
+        super().attach(model)
+        if self._config.train_weights:
+            return
+        sides = [side for structure in self.structures.values() for side in structure.sides]
+        for name in [side.module for side in sides] or list(self.modules):
+            module = model.get_submodule(name)
+            masked = parametrize.is_parametrized(module, "weight")
+            weight = module.get_parameter("parametrizations.weight.original" if masked else "weight")
+            if weight.requires_grad:
+                weight.requires_grad_(False)
+                self._frozen.append(weight)
+
+    def _thaw(self) -> None:
+        for weight in self._frozen:
+            weight.requires_grad_(True)
+        self._frozen = []
+
+    def detach(self) -> None:
+        """Take the masks off; frozen weights can be trained again."""
+        super().detach()
+        self._thaw()
 
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
@@ -248,13 +290,7 @@ class ContinuousSparsification(Method):
             self._steer(progress / soft, progress / soft)
 
     def on_round_step(self, round_: int, rounds: int, progress: float) -> None:
-        """As `on_step` for ticket search: the temperature rises in each round, the sparsity over all of them.
-
-        Args:
-            round_: Which round, from 0.
-            rounds: How many there are.
-            progress: From 0 at the first step of the round to less than 1 at its last.
-        """
+        """The temperature rises in each round, the sparsity over all of them."""
         start = self._settings.initial_temperature
         for mask in self.masks:
             mask.temperature.fill_(start * (self._config.final_temperature / start) ** progress)
@@ -262,16 +298,19 @@ class ContinuousSparsification(Method):
             self._steer((round_ + progress) / rounds, progress)
 
     @torch.no_grad()
-    def next_round(self, legacy: bool = False) -> None:
+    def end_round(self, round_: int, rounds: int, legacy: bool = False) -> bool:
         """Reset scores and temperature for another round: s <- min(beta_T s, s0), beta <- beta_0.
 
         What was removed stays removed, what was kept returns to the start. `legacy=True` is the published
-        script's min(s, s0), which lets removed weights come back half on.
+        script's min(s, s0), which lets removed weights come back half on. The weights go on.
         """
+        if round_ + 1 == rounds:
+            return False
         factor = 1.0 if legacy else self._config.final_temperature
         for mask in self.masks:
             mask.scores.copy_((mask.scores * factor).clamp(max=self._settings.initial_score))
             mask.temperature.fill_(self._settings.initial_temperature)
+        return False
 
     @torch.no_grad()
     def _steer(self, fraction: float, progress: float) -> None:
@@ -356,6 +395,7 @@ class ContinuousSparsification(Method):
             self.settle()
         self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
         names = super().bake()
+        self._thaw()
         sides = [side for structure in self.structures.values() for side in structure.sides]
         return [f"{side.module}.weight" for side in sides] or names
 
