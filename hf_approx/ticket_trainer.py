@@ -163,10 +163,7 @@ class _TrainerRounds(Rounds):
     def _train(self, name: str) -> float:
         trainer = self.trainer
         trainer.optimizer = trainer.lr_scheduler = None
-        if trainer.args.world_size > 1 and trainer.model_wrapped is self.plain:
-            # An evaluation came first, as when only the ticket is left to train: accelerate then counts the model as
-            # prepared and would train it without averaging gradients over the processes.
-            vars(self.plain).pop("_is_accelerate_prepared", None)
+        trainer.forget_evaluation()
         logged = trainer.state.log_history
         # A search that goes on after a crash draws the same numbers as one that never stopped.
         set_seed(trainer.args.seed + self.round)

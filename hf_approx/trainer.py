@@ -200,11 +200,21 @@ class ApproxTrainerMixin:
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, then finalize: bake the methods into the weights and make saving write them packed."""
         self._unpack()
+        self.forget_evaluation()
         output = super().train(*args, **kwargs)  # type: ignore[misc]
         if not self._finalized or self._repack:
             self.finalize()
             cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
         return output
+
+    def forget_evaluation(self) -> None:
+        """Let a model that was evaluated first be trained on several processes.
+
+        accelerate counts it as prepared then, and would train it without averaging gradients over the processes.
+        """
+        trainer = cast(Trainer, self)
+        if trainer.args.world_size > 1 and trainer.model_wrapped is self._plain_model:
+            vars(self._plain_model).pop("_is_accelerate_prepared", None)
 
     def finalize(self) -> dict[str, Any]:
         """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done."""

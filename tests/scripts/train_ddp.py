@@ -32,6 +32,7 @@ trainer = make_trainer(
     train_sampling_strategy="sequential",
 )
 assert trainer.args.world_size == processes, trainer.args.world_size
+trainer.evaluate(trainer.train_dataset)  # accelerate must not take the model for prepared after this
 trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4") if "resume" in sys.argv else None)
 trainer.save_model(str(folder / "model"))
 rank = trainer.args.process_index
