@@ -213,8 +213,8 @@ class ApproxTrainerMixin:
                     method.settle()
             self.approx_report["methods"] = [method.report() for method in self.methods]
             names += [name for method in self.methods for name in method.bake()]
-            for method in self.methods:
-                method.remove()
+            for method in sorted(self.methods, key=lambda method: method.renames):
+                names = method.remove(names)
             self._finalized = True
         self.approx_report["totals"] = self._pack(list(dict.fromkeys(names)))
         self._repack = []
