@@ -104,7 +104,10 @@ class Recipe:
         if trainer.is_world_process_zero():
             row["bytes"] = weight_bytes(folder)
             inspection = inspect_checkpoint(folder)
-            row["dense_bytes"], row["bound_bytes"] = inspection.dense_bytes, inspection.bound_bytes
+            # Heads, neurons and layers that are gone are in no file: the dense model would hold them too.
+            removed = sum(method.removed for method in trainer.methods)
+            whole = 1 + removed / sum(param.numel() for param in trainer.model.parameters())
+            row["dense_bytes"], row["bound_bytes"] = round(inspection.dense_bytes * whole), inspection.bound_bytes
             row["load_seconds"] = load_seconds(folder)
             batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
             batch.pop("labels")
