@@ -102,11 +102,9 @@ def weights_of(model: nn.Module, blocks: Blocks) -> list[str]:
 
 def block_sizes(blocks: nn.ModuleList, like: Tensor) -> Tensor:
     """Mean magnitude of the parameters of each block, shape (blocks,), in float32 or wider, where `like` is."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
     vectors = [nn.utils.parameters_to_vector(block.parameters()).detach() for block in blocks]
-    sizes = torch.stack(
-        [vector.abs().mean(dtype=torch.promote_types(like.dtype, torch.float32)) for vector in vectors]
-    )
-    return sizes.to(like.device)
+    return torch.stack([vector.abs().mean(dtype=dtype) for vector in vectors]).to(like.device)
 
 
 Moves = Mapping[str, str | None]
@@ -143,9 +141,8 @@ def remove_blocks(model: PreTrainedModel, blocks: Blocks, keep: Sequence[bool]) 
         for module in block.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
                 module.layer_idx = i  # type: ignore[assignment]
-    for config in {
-        id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
-    }.values():
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for config in {id(part.config): part.config for part in parts}.values():
         setattr(config, blocks.option, len(kept))
         for name in PER_BLOCK_OPTIONS:
             entries = getattr(config, name, None)
@@ -155,10 +152,11 @@ def remove_blocks(model: PreTrainedModel, blocks: Blocks, keep: Sequence[bool]) 
     moves |= {f"{blocks.name}.{old}": f"{blocks.name}.{new}" for new, old in enumerate(kept)}
     sizes = sizes_of(model)
     if sizes is not None:
-        noted = {part: {moved(name, moves): value for name, value in sizes[part].items()} for part in sizes}
-        set_sizes(
-            model, {part: {k: v for k, v in entries.items() if k is not None} for part, entries in noted.items()}
-        )
+        renamed = {
+            part: {new: value for old, value in entries.items() if (new := moved(old, moves)) is not None}
+            for part, entries in sizes.items()
+        }
+        set_sizes(model, renamed)
     return removed, moves
 
 
