@@ -38,7 +38,15 @@ COUNT_NAMES = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_hea
 
 OPTIONS: dict[Kind, tuple[str, ...]] = {
     "head": ("num_attention_heads", "num_key_value_heads"),
-    "neuron": ("intermediate_size", "d_ff", "n_inner", "ffn_dim"),
+    "neuron": (
+        "intermediate_size",
+        "d_ff",
+        "n_inner",
+        "ffn_dim",
+        "hidden_dim",
+        "encoder_ffn_dim",
+        "decoder_ffn_dim",
+    ),
 }
 """Options of a config for the number of units; transformers maps the first to an architecture's own name."""
 

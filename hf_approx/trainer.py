@@ -229,8 +229,8 @@ class ApproxTrainerMixin:
             self.approx_report["methods"] = [{"label": label, **report} for label, report in reports.items()]
             self.approx_report["history"] = self._recorder.history
             names += [name for method in self.methods for name in method.bake()]
-            for method in self.methods:
-                method.remove()
+            for method in sorted(self.methods, key=lambda method: method.renames):
+                names = method.remove(names)
             self._finalized = True
         names = list(dict.fromkeys(names))
         self.approx_report["totals"] = self._pack(names)

@@ -70,6 +70,15 @@ def test_two_processes_resume_to_the_same_file(two_processes):
     assert (two_processes / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_both_processes_remove_the_same_layer(tmp_path):
+    train(tmp_path, 2, "layer")
+    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
+    assert_same_weights(*ranks)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert loaded.config.num_hidden_layers == len(loaded.bert.encoder.layer) == 1
+    assert_same_weights(weights(loaded), ranks[0])
+
+
 def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
     launch(
         ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],

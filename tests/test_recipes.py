@@ -84,6 +84,19 @@ def test_text_classification(config, tmp_path, processes):
         assert model.config.id2label == {0: "down", 1: "up"}
 
 
+@pytest.mark.parametrize(("kinds", "halved"), [(["layer"], 1), (["head", "neuron"], 2)], ids=str)
+def test_the_dense_size_counts_what_was_removed(config, tmp_path, kinds, halved):
+    """Layers leave a plain model in its own dtype, BERT's heads one that is packed in half precision."""
+    approx = [{"method": "sparsification", "granularity": kind, "target_sparsity": 0.5} for kind in kinds]
+    options = ["--config", str(config), "--output_dir", str(tmp_path), "--set", f"approx={json.dumps(approx)}"]
+    assert text_classification.main(options) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["compressed"]["dense_bytes"] == rows["dense"]["dense_bytes"] // halved
+    assert rows["compressed"]["bytes"] < rows["compressed"]["dense_bytes"]
+    assert rows["compressed"]["sparsity"] == pytest.approx(0.5, abs=0.02)
+    assert rows["compressed"]["reloaded_equal"] is True
+
+
 def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
     code = "from hf_approx.cli import main; main()"
     options = ["--output-dir", tmp_path, "--set", "baseline=false", "--set", "approx.0.target_sparsity=0.5"]

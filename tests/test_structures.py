@@ -153,6 +153,33 @@ def test_a_model_its_config_can_express_is_plain(tmp_path, name, kind):
     assert totals["packed_bytes"] == pytest.approx(totals["dense_bytes"] / 2, rel=0.02)
 
 
+LOAD_ALL = """
+import json, sys, torch, transformers
+from models import batch
+for name, cls, folder in json.loads(sys.argv[1]):
+    model = getattr(transformers, cls).from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.save(model(**batch(name))[0], folder + "/output.pt")
+assert "hf_approx" not in sys.modules
+"""
+
+
+def test_every_config_can_express_fewer_neurons(tmp_path):
+    models, lines, removed = {}, [], {}
+    for name in sorted(ARCHITECTURES["neuron"]):
+        models[name] = make(name)
+        method = SparsificationConfig(granularity="neuron", target_sparsity=0.25).build()
+        method.attach(models[name])
+        method.finalize()
+        removed[name] = method.removed
+        models[name].save_pretrained(tmp_path / name)
+        lines.append(("bert" if name in EXTRA else name, type(models[name]).__name__, str(tmp_path / name)))
+    python(LOAD_ALL, json.dumps(lines))
+    for name, model in models.items():
+        assert removed[name] > 0
+        assert torch.equal(torch.load(tmp_path / name / "output.pt"), outputs(model, name)), name
+
+
 @pytest.mark.parametrize(("name", "kind"), [("bert", "head"), ("gpt2", "head"), ("bert", "uneven")])
 def test_a_model_its_config_cannot_express_needs_the_library(tmp_path, name, kind):
     options = {"granularity": "neuron", "scope": "global"} if kind == "uneven" else {"granularity": kind}

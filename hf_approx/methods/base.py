@@ -139,14 +139,25 @@ class Method(ABC):
         """Bake the method into plain weights; returns the names of the parameters it compressed.
 
         `removed` then says how many more weights are gone altogether. Where several methods work on a model, all
-        must `bake` before any does `remove`.
+        must `bake` before any does `remove`, and those that rename modules come last.
         """
-        names = self.bake()
-        self.remove()
-        return names
+        return self.remove(self.bake())
 
-    def remove(self) -> None:
-        """Cut out of the model what baking left without use, if the method removes anything."""
+    @property
+    def renames(self) -> bool:
+        """Whether `remove` gives modules other names."""
+        return False
+
+    def remove(self, names: list[str]) -> list[str]:
+        """Cut out of the model what baking left without use, if the method removes anything.
+
+        Args:
+            names: Names of parameters, of this method or of any other.
+
+        Returns:
+            The names that those have afterwards which are still there.
+        """
+        return names
 
     def bake(self) -> list[str]:
         """Leave plain weights in the place of the parametrized ones; returns the names of those compressed."""

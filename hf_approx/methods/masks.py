@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from hf_approx.structures import Side, feature_dim
 
-Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron"]
-GRANULARITIES: tuple[Granularity, ...] = ("weight", "row", "column", "2:4", "head", "neuron")
+Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron", "layer"]
+GRANULARITIES: tuple[Granularity, ...] = ("weight", "row", "column", "2:4", "head", "neuron", "layer")
 
 
 @dataclass(frozen=True)

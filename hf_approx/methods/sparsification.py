@@ -11,8 +11,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hf_approx.blocks import Blocks, block_sizes, find_blocks, moved, remove_blocks, weights_of
 from hf_approx.methods.base import HISTOGRAM_BINS, Method, MethodConfig
 from hf_approx.methods.budget import (
     Group,
@@ -26,6 +28,7 @@ from hf_approx.methods.budget import (
     threshold,
     top_masks,
 )
+from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, in_fours, layout_of
 from hf_approx.structures import Kind, Structure, express_in_config, find_structures, note_sizes, remove_units
 
@@ -97,13 +100,16 @@ class SparsificationConfig(MethodConfig):
         default="weight",
         metadata={
             "help": "What has a score of its own: a 'weight' ('2:4': of every four inputs two stay), a 'row' or "
-            "'column' of a weight, an attention 'head' or feed-forward 'neuron'. Heads and neurons are removed at "
-            "the end: the model is smaller and faster anywhere."
+            "'column' of a weight, an attention 'head', a feed-forward 'neuron', or a whole 'layer' (a Transformer "
+            "block). Heads, neurons and layers are removed at the end: the model is smaller and faster anywhere."
         },
     )
     scope: Scope | None = field(
         default=None,
-        metadata={"help": "Rank over all layers or in each. Default: in each for heads and neurons, else over all."},
+        metadata={
+            "help": "Rank over all layers or in each; for layers, over all lists of them or in each. Default: in each "
+            "for heads, neurons and layers, else over all."
+        },
     )
     preset: Literal["pretrained", "scratch", "paper"] = field(
         default="pretrained", metadata={"help": "Where the fields left at None come from."}
@@ -144,6 +150,13 @@ class SparsificationConfig(MethodConfig):
             raise ValueError(f"{where}: scope must be 'global' or 'layer', got {self.scope!r}.")
         if self.granularity == "2:4" and self.target_sparsity != 0.5:
             raise ValueError(f"{where}: granularity '2:4' removes half: set target_sparsity=0.5.")
+        if self.granularity == "layer" and settings.scale_mask:
+            raise ValueError(
+                f"{where}: nothing is left of a removed layer to fold a scale into: set scale_mask=False for "
+                "granularity 'layer'."
+            )
+        if self.granularity == "layer" and not self.train_weights:
+            raise ValueError(f"{where}: granularity 'layer' masks no weight; leave train_weights at True.")
         if self.target_sparsity is not None:
             check_target(where, self.target_sparsity)
         check_fraction(where, "soft_fraction", settings.soft_fraction)
@@ -173,16 +186,16 @@ class SparsificationConfig(MethodConfig):
     def check_rounds(self) -> None:
         """Raise `ValueError` unless the masks are soft for a whole round and nothing is cut out of the model."""
         if self.structured:
-            raise ValueError("SparsificationConfig: heads and neurons cannot be rewound; use another granularity.")
+            raise ValueError("SparsificationConfig: what is cut out cannot be rewound; use another granularity.")
         if self.settings().soft_fraction != 1.0:
             raise ValueError(
                 "SparsificationConfig: in a ticket search the masks are soft for a whole round; set soft_fraction=1.0."
             )
 
     @property
-    def structured(self) -> Kind | None:
+    def structured(self) -> Kind | Literal["layer"] | None:
         """The kind of structure that is removed, if it is one."""
-        return self.granularity if self.granularity in ("head", "neuron") else None
+        return self.granularity if self.granularity in ("head", "neuron", "layer") else None
 
     def build(self) -> "ContinuousSparsification":
         """The method this config describes."""
@@ -199,6 +212,8 @@ class ContinuousSparsification(Method):
         self._config = config
         self._settings = config.settings()
         self.structures: dict[str, Structure] = {}
+        self.blocks: dict[str, Blocks] = {}
+        self._hooks: list[RemovableHandle] = []
         self._frozen: list[nn.Parameter] = []
         self._settled = False
         self._learned_sparsity: float | None = None
@@ -215,20 +230,43 @@ class ContinuousSparsification(Method):
         return [cast(SigmoidMask, p) for p in self.parametrizations.values()]
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The targets or, for heads and neurons, the layers that read them."""
-        kind = self._config.structured
+        """The targets; for heads and neurons, the layers that read them; for layers, what carries their scores."""
+        kind, patterns = self._config.structured, (self._config.target_modules, self._config.exclude)
         if kind is None:
             return super().select(model)
-        structures = find_structures(model, kind, self._config.target_modules, self._config.exclude)
         self._model = model
-        self.structures = {structure.consumer.module: structure for structure in structures}
-        return {name: model.get_submodule(name) for name in self.structures}
+        if kind == "layer":
+            self.blocks = {blocks.carrier: blocks for blocks in find_blocks(model, *patterns)}
+        else:
+            self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
+        return {name: model.get_submodule(name) for name in (*self.blocks, *self.structures)}
 
     def attach(self, model: nn.Module) -> None:
-        """Also freeze the target weights, if they are not to be trained."""
+        """Parametrize the target weights, mask layers, freeze what is not to be trained.
+
+        The model is unchanged if this raises.
+        """
         super().attach(model)
-        if self._config.train_weights:
-            return
+        if not self._config.train_weights:
+            self._freeze(model)
+        for mask, blocks in zip(self.masks, self.blocks.values(), strict=False):
+            self._hooks += cast(BlockMask, mask).install(self._layers(blocks))
+
+    def detach(self) -> None:
+        """Take the method off again: every weight is what the optimizer trained, unmasked, and can be trained."""
+        self._unhook()
+        super().detach()
+        self._thaw()
+
+    def _unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _layers(self, blocks: Blocks) -> nn.ModuleList:
+        return cast(nn.ModuleList, self._model.get_submodule(blocks.name))
+
+    def _freeze(self, model: nn.Module) -> None:
         sides = [side for structure in self.structures.values() for side in structure.sides]
         for name in [side.module for side in sides] or list(self.modules):
             module = model.get_submodule(name)
@@ -243,32 +281,31 @@ class ContinuousSparsification(Method):
             weight.requires_grad_(True)
         self._frozen = []
 
-    def detach(self) -> None:
-        """Take the masks off; frozen weights can be trained again."""
-        super().detach()
-        self._thaw()
-
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         if self._config.target_sparsity is not None:
             plan(self._target_names(names), self._config.target_sparsity, "global")
 
     def _target_names(self, names: list[str]) -> list[str]:
-        """What patterns are matched against: the modules or, for heads and neurons, those that hold them."""
-        return [self.structures[name].name if name in self.structures else name for name in names]
+        """What patterns are matched against: the modules or, for structures, those that hold them."""
+        holders: dict[str, Structure | Blocks] = {**self.structures, **self.blocks}
+        return [holders[name].name if name in holders else name for name in names]
 
     def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
         """A mask whose scores start as the config says."""
         settings = self._settings
         side = self.structures[name].consumer if name in self.structures else None
-        layout = layout_of(self._config.granularity, name, module, side)
-        s0, size = settings.initial_score, layout.sizes(module.get_parameter("weight"))
+        layout, weight = layout_of(self._config.granularity, name, module, side), module.get_parameter("weight")
+        in_layers = name in self.blocks
+        size = block_sizes(self._layers(self.blocks[name]), weight) if in_layers else layout.sizes(weight)
+        s0 = settings.initial_score
         if settings.score_init == "magnitude":
             scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         else:
             scores = torch.full_like(size, s0)
         scale = 1 + math.exp(-s0) if settings.scale_mask else 1.0
-        return SigmoidMask(scores, settings.initial_temperature, scale, layout)
+        kind = BlockMask if in_layers else SigmoidMask
+        return kind(scores, settings.initial_temperature, scale, layout)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scores, at the mask learning rate."""
@@ -374,8 +411,8 @@ class ContinuousSparsification(Method):
             kept = [self._best_two(module, mask.scores) for module, mask in pairs]
         elif self._config.target_sparsity is not None:
             kept = top_masks([mask.scores for mask in masks], self._groups())
-        if self.structures:
-            # A layer without any unit could not be built: its best one stays.
+        if self._config.structured:
+            # A layer without any unit could not be built, nor a model without any layer: the best one stays.
             kept = [k if bool(k.any()) else global_top_k([m.scores], 1)[0] for k, m in zip(kept, masks, strict=True)]
         for mask, keep in zip(masks, kept, strict=True):
             mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
@@ -390,25 +427,37 @@ class ContinuousSparsification(Method):
         return keep
 
     def bake(self) -> list[str]:
-        """Leave masked weights; for heads and neurons, returns the weights of every layer they are part of."""
+        """Leave masked weights; for structures, returns the weights of every layer they are part of or hold."""
         if not self._settled:
             self.settle()
         self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
+        self._unhook()
         names = super().bake()
         self._thaw()
         sides = [side for structure in self.structures.values() for side in structure.sides]
-        return [f"{side.module}.weight" for side in sides] or names
+        inside = [name for blocks in self.blocks.values() for name in weights_of(self._model, blocks)]
+        return [f"{side.module}.weight" for side in sides] or inside or names
 
-    def remove(self) -> None:
-        """Cut heads and neurons that are off out of the model, and say so in its config, or else on the model."""
+    @property
+    def renames(self) -> bool:
+        """Whether it removes layers: those after them move up."""
+        return bool(self.blocks)
+
+    def remove(self, names: list[str]) -> list[str]:
+        """Cut what is off out of the model, and say so in its config, or else on the model."""
+        for carrier, blocks in self.blocks.items():
+            removed, moves = remove_blocks(cast(PreTrainedModel, self._model), blocks, self._kept[carrier].tolist())
+            self.removed += removed
+            names = [new for name in names if (new := moved(name, moves)) is not None]
         structures = list(self.structures.values())
         if not structures:
-            return
+            return names
         kept = [self._kept[structure.consumer.module] for structure in structures]
         self.removed = sum(remove_units(self._model, s, keep) for s, keep in zip(structures, kept, strict=True))
         counts = [int(keep.sum()) for keep in kept]
         if not (isinstance(self._model, PreTrainedModel) and express_in_config(self._model, structures, counts)):
             note_sizes(self._model, structures)
+        return names
 
     @property
     def is_final(self) -> bool:

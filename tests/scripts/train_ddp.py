@@ -22,7 +22,9 @@ processes = int(sys.argv[2])
 trainer = make_trainer(
     "bert",
     folder / "run",
-    approx=SparsificationConfig(target_sparsity=0.8),
+    approx=SparsificationConfig(granularity="layer", target_sparsity=0.5)
+    if "layer" in sys.argv
+    else SparsificationConfig(target_sparsity=0.8),
     optimizer=AvaGradConfig(lr=0.01, weight_decay=0.01),
     model=model,
     per_device_train_batch_size=8 // processes,
