@@ -1,14 +1,26 @@
 """Pictures of what a checkpoint holds. Needs matplotlib: `pip install 'hf-approx[plot]'`."""
 
-import re
 from pathlib import Path
+from typing import Any
 
 from hf_approx.inspection import Inspection, Row
+from hf_approx.report import kind_of
 
 
-def kind_of(name: str) -> str:
-    """What a layer is within its block: the name after the last number, without `weight`."""
-    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
+def load_pyplot() -> Any:
+    """`matplotlib.pyplot`, drawing to files.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("Plots need matplotlib: pip install 'hf-approx[plot]'.") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def plot_sparsity(inspection: Inspection, path: str | Path) -> None:
@@ -25,16 +37,10 @@ def plot_sparsity(inspection: Inspection, path: str | Path) -> None:
     rows = [row for row in inspection.rows if row.packed]
     if not rows:
         raise ValueError("There is no packed weight to draw.")
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Plots need matplotlib: pip install 'hf-approx[plot]'.") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows.sort(key=_position)
     kinds = list(dict.fromkeys(kind_of(row.name) for row in rows))
-    colors = dict(zip(kinds, pyplot.get_cmap("tab20").colors * (len(kinds) // 20 + 1), strict=False))  # type: ignore[attr-defined]
+    colors = dict(zip(kinds, pyplot.get_cmap("tab20").colors * (len(kinds) // 20 + 1), strict=False))
     figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
     for i, row in enumerate(rows):
         axes.barh(i, 100 * row.sparsity, color=colors[kind_of(row.name)])

@@ -1,10 +1,12 @@
 """Trainers that compress while they fine-tune."""
 
+import importlib.util
 import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,9 +23,13 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
+from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import TensorSpec, dtype_from_name
+from hf_approx.plots import plot_sparsity
+from hf_approx.report import Recorder, describe_layers
+from hf_approx.report_plots import has_history, plot_training
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +100,7 @@ class ApproxTrainerMixin:
             for method in reversed(attached):
                 method.detach()
             raise
+        self._recorder = Recorder(self.methods)
         cast(Trainer, self).add_callback(_Schedule(self.methods))
 
     def _refuse_unsupported(self) -> None:
@@ -187,10 +194,7 @@ class ApproxTrainerMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the methods' numbers to each training log."""
         if "loss" in logs and not self._finalized:
-            names = [method.name for method in self.methods]
-            for i, method in enumerate(self.methods):
-                label = method.name if names.count(method.name) == 1 else f"{method.name}-{i}"
-                logs.update({f"{label}/{k}": v for k, v in method.metrics().items()})
+            logs.update(self._recorder.record(cast(Trainer, self).state.global_step))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -211,12 +215,18 @@ class ApproxTrainerMixin:
                 logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
                 for method in self.methods:
                     method.settle()
-            self.approx_report["methods"] = [method.report() for method in self.methods]
+            reports = {label: method.report() for label, method in self._recorder.methods.items()}
+            self.approx_report["methods"] = [{"label": label, **report} for label, report in reports.items()]
+            self.approx_report["history"] = self._recorder.history
             names += [name for method in self.methods for name in method.bake()]
             for method in self.methods:
                 method.remove()
             self._finalized = True
-        self.approx_report["totals"] = self._pack(list(dict.fromkeys(names)))
+        names = list(dict.fromkeys(names))
+        self.approx_report["totals"] = self._pack(names)
+        self.approx_report.update(
+            describe_layers(dict(self._plain_model.named_parameters(remove_duplicate=False)), names)
+        )
         self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
         # The optimizer and the wrapped model hold parameters that are gone.
@@ -262,8 +272,7 @@ class ApproxTrainerMixin:
         if self._finalized or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             if self.approx_report and trainer.args.should_save:
-                with open(os.path.join(folder, REPORT_FILE), "w", encoding="utf-8") as file:
-                    json.dump(self.approx_report, file, indent=2)
+                self._save_report(Path(folder))
             return
         # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
         # shape, in processes without hf_approx too, instead of starting from random weights.
@@ -275,6 +284,17 @@ class ApproxTrainerMixin:
             super()._save(output_dir, state)  # type: ignore[misc]
         finally:
             del model.config.quantization_config
+
+    def _save_report(self, folder: Path) -> None:
+        """The report as JSON and, where matplotlib is installed, as pictures."""
+        (folder / REPORT_FILE).write_text(json.dumps(self.approx_report, indent=2) + "\n", encoding="utf-8")
+        if importlib.util.find_spec("matplotlib") is None:
+            return
+        if has_history(self.approx_report):
+            plot_training(self.approx_report, folder / "training.png")
+        inspection = inspect_checkpoint(folder) if (folder / "config.json").is_file() else None
+        if inspection is not None and inspection.packed_bytes:
+            plot_sparsity(inspection, folder / "layers.png")
 
     def _plain_names(self) -> list[str]:
         return [f"{name}.weight" for method in self.methods for name in method.modules]
@@ -304,7 +324,7 @@ class ApproxTrainerMixin:
             if self._finalized:
                 return
             raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
-        here, there = [_identity(method) for method in self.methods], _read_json(path)
+        here, there = [_identity(method) for method in self.methods], _read_json(path)["methods"]
         if len(here) != len(there) or any(a["name"] != b["name"] for a, b in zip(here, there, strict=True)):
             names = [" and ".join(entry["name"] for entry in side) or "no methods" for side in (there, here)]
             raise ValueError(f"Cannot resume: the checkpoint was made with {names[0]}, this run has {names[1]}.")
@@ -324,14 +344,15 @@ class ApproxTrainerMixin:
         if self.methods and trainer.args.should_save:
             states = [{**_identity(method), "state": method.state_dict()} for method in self.methods]
             with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump(states, file)
+                json.dump({"methods": states, "history": self._recorder.history}, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None and not self._finalized:
             saved = _read_json(os.path.join(checkpoint, STATE_FILE))
-            for method, entry in zip(self.methods, saved, strict=True):
+            for method, entry in zip(self.methods, saved["methods"], strict=True):
                 method.load_state_dict(entry["state"])
+            self._recorder.history = saved["history"]
 
 
 def _read_json(path: str) -> Any:

@@ -108,7 +108,9 @@ class Recipe:
             row["load_seconds"] = load_seconds(folder)
             batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
             batch.pop("labels")
-            row["reloaded_equal"] = same_logits(folder, trainer.model, dict(batch))
+            # Without the autocast that mixed precision leaves around the trained model.
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            row["reloaded_equal"] = same_logits(folder, model, dict(batch))
         return row
 
     @property

@@ -13,7 +13,8 @@ from helpers import ROOT
 from hf_approx import attach_packing
 from hf_approx.cli import main
 from hf_approx.inspection import Row
-from hf_approx.plots import _position, kind_of
+from hf_approx.plots import _position
+from hf_approx.report import kind_of
 from hf_approx.targets import select_modules
 from models import batch, build
 

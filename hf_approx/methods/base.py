@@ -1,7 +1,7 @@
 """What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_approx.targets import Patterns, select_modules
+
+HISTOGRAM_BINS = 20
 
 
 @dataclass
@@ -126,9 +128,15 @@ class Method(ABC):
             module.get_parameter("weight").data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
         return [f"{name}.weight" for name in self.modules]
 
+    def histogram(self) -> list[int] | None:
+        """Counts of the mask values in `HISTOGRAM_BINS` bins from 0 to 1, for methods with soft masks."""
+        return None
+
     def report(self) -> dict[str, Any]:
-        """What was done, for the end of training and the model card."""
-        return {"method": self.name, **self.metrics()}
+        """What was asked for and what was done, for the end of training and the model card."""
+        requested = {name: value for name, value in asdict(self.config).items() if name.startswith("target_")}
+        requested.pop("target_modules")
+        return {"method": self.name, **requested, **self.metrics()}
 
     def state_dict(self) -> dict[str, Any]:
         """State that is not in the model: JSON types only."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.base import HISTOGRAM_BINS, Method, MethodConfig
 from hf_approx.methods.budget import (
     Group,
     Scope,
@@ -38,6 +38,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "soft_fraction": 0.75,
         "mask_lr": 2e-3,
     },
+    # For random weights, whose sizes mean nothing: equal scores, masks that start almost open.
+    "scratch": {
+        "initial_score": 0.1,
+        "score_init": "constant",
+        "scale_mask": True,
+        "initial_temperature": 1.0,
+        "soft_fraction": 0.75,
+        "mask_lr": 1e-2,
+    },
     # The authors' settings: masks start at exactly one through the scale 1 / sigmoid(s0).
     "paper": {
         "initial_score": 0.0,
@@ -48,6 +57,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "mask_lr": 1e-2,
     },
 }
+
+
+EASE = 0.25
+"""Part of the soft phase in which scores that start equal come down to zero."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class SparsificationConfig(MethodConfig):
         default=None,
         metadata={"help": "Rank over all layers or in each. Default: in each for heads and neurons, else over all."},
     )
-    preset: Literal["pretrained", "paper"] = field(
+    preset: Literal["pretrained", "scratch", "paper"] = field(
         default="pretrained", metadata={"help": "Where the fields left at None come from."}
     )
     initial_score: float | None = field(default=None, metadata={"help": "s0, the (mean) score at the start."})
@@ -232,7 +245,7 @@ class ContinuousSparsification(Method):
         for mask in self.masks:
             mask.temperature.fill_(beta)
         if config.target_sparsity is not None:
-            self._steer(progress / soft)
+            self._steer(progress / soft, progress / soft)
 
     def on_round_step(self, round_: int, rounds: int, progress: float) -> None:
         """As `on_step` for ticket search: the temperature rises in each round, the sparsity over all of them.
@@ -246,7 +259,7 @@ class ContinuousSparsification(Method):
         for mask in self.masks:
             mask.temperature.fill_(start * (self._config.final_temperature / start) ** progress)
         if self._config.target_sparsity is not None:
-            self._steer((round_ + progress) / rounds)
+            self._steer((round_ + progress) / rounds, progress)
 
     @torch.no_grad()
     def next_round(self, legacy: bool = False) -> None:
@@ -261,24 +274,31 @@ class ContinuousSparsification(Method):
             mask.temperature.fill_(self._settings.initial_temperature)
 
     @torch.no_grad()
-    def _steer(self, fraction: float) -> None:
+    def _steer(self, fraction: float, progress: float) -> None:
         """Lower the scores that are ranked together by one number, so that the wanted share is below zero.
 
         The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
         multiplier is solved for instead of tuned.
+
+        Args:
+            fraction: Position on the ramp of the sparsity.
+            progress: Position in the soft phase, or in the round.
         """
+        # Scores that start equal would all fall by s0 in the first step: they are let down slowly instead.
+        settings = self._settings
+        level = settings.initial_score * max(1 - progress / EASE, 0.0) if settings.score_init == "constant" else 0.0
         masks = self.masks
         if self._config.granularity == "2:4":
             for module, mask in zip(self.modules.values(), masks, strict=True):
                 fours = in_fours(module, mask.scores)
-                middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True)
+                middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
                 fours.sub_(middle * cubic_ramp(fraction, 1.0))
                 self._force = float(middle.mean())
             return
         for group in self._groups():
             wanted = cubic_ramp(fraction, group.target)
             if wanted > 0:
-                force = threshold([masks[i].scores for i in group.members], wanted)
+                force = threshold([masks[i].scores for i in group.members], wanted) - level
                 for i in group.members:
                     masks[i].scores.sub_(force)
                 self._force = float(force)
@@ -370,10 +390,20 @@ class ContinuousSparsification(Method):
             "penalty": self._force if penalty is None else float(penalty),
         }
 
+    def histogram(self) -> list[int]:
+        """Counts of the soft masks, unscaled, in `HISTOGRAM_BINS` equal bins from 0 to 1."""
+        counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
+        for mask in self.masks:
+            values = (mask.mask().detach() / mask.scale).float()
+            counts += torch.histc(values, HISTOGRAM_BINS, 0.0, 1.0).double().cpu()
+        return [int(count) for count in counts]
+
     def report(self) -> dict[str, Any]:
-        """Also the sparsity the scores had learned before the correction to the target."""
-        learned = self._learned_sparsity
-        return {**super().report(), **({} if learned is None else {"learned_sparsity": learned})}
+        """Also the sparsity that was asked for, the one the scores had learned, and the correction between them."""
+        report, learned = super().report(), self._learned_sparsity
+        if learned is not None:
+            report.update(learned_sparsity=learned, last_correction=report["sparsity"] - learned)
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """The phase; scores and temperature are in the model."""

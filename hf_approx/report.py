@@ -1,0 +1,64 @@
+"""What a training reports: numbers of its methods over time, and what became of every layer."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hf_approx.methods import Method
+
+
+def kind_of(name: str) -> str:
+    """What a layer is within its block: the name after the last number, without `weight`."""
+    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
+
+
+def labels(methods: Sequence[Method]) -> list[str]:
+    """A name for each method: its own, numbered where two share it."""
+    names = [method.name for method in methods]
+    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+
+
+class Recorder:
+    """Keeps what the methods said at each log.
+
+    Attributes:
+        history: For every log, `step`, the metrics as `method/metric`, and under `masks` the histogram of each method
+            that has soft masks; JSON types only.
+    """
+
+    def __init__(self, methods: Sequence[Method]) -> None:
+        self.methods = dict(zip(labels(methods), methods, strict=True))
+        self.history: list[dict[str, Any]] = []
+
+    def record(self, step: int) -> dict[str, float]:
+        """Ask every method; returns the metrics, for the log."""
+        metrics = {f"{label}/{k}": v for label, method in self.methods.items() for k, v in method.metrics().items()}
+        masks = {label: method.histogram() for label, method in self.methods.items()}
+        self.history.append({"step": step, **metrics, "masks": {k: v for k, v in masks.items() if v is not None}})
+        return metrics
+
+
+def describe_layers(params: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """Sparsity of every compressed weight, and of each kind of layer.
+
+    Args:
+        params: Final weights, by name.
+        names: Those that were compressed.
+
+    Returns:
+        `layers`: `name`, `kind`, `shape` and `sparsity` of each; `kinds`: `weights` and `sparsity` of each.
+    """
+    layers = []
+    kinds: dict[str, tuple[int, int]] = {}
+    for name in names:
+        weight, kind = params[name], kind_of(name)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        layers.append({"name": name, "kind": kind, "shape": list(weight.shape), "sparsity": zeros / weight.numel()})
+        total, gone = kinds.get(kind, (0, 0))
+        kinds[kind] = (total + weight.numel(), gone + zeros)
+    return {
+        "layers": layers,
+        "kinds": {kind: {"weights": total, "sparsity": gone / total} for kind, (total, gone) in kinds.items()},
+    }

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import make_trainer
+from hf_approx import MagnitudePruningConfig, SparsificationConfig
+from hf_approx.methods.base import HISTOGRAM_BINS
+from hf_approx.report import Recorder, describe_layers, kind_of
+from hf_approx.report_plots import has_history, plot_training
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_layers_and_kinds_count_the_zeros():
+    params = {
+        "m.layer.0.a.weight": torch.tensor([[0.0, 1.0], [0.0, 0.0]]),
+        "m.layer.1.a.weight": torch.tensor([[2.0, 1.0], [0.0, 3.0]]),
+        "m.layer.1.b.weight": torch.zeros(1, 2),
+    }
+    report = describe_layers(params, list(params))
+    assert [layer["sparsity"] for layer in report["layers"]] == [0.75, 0.25, 1.0]
+    assert report["kinds"] == {"a": {"weights": 8, "sparsity": 0.5}, "b": {"weights": 2, "sparsity": 1.0}}
+    assert kind_of("m.layer.1.b.weight") == "b"
+
+
+def test_the_histogram_is_that_of_the_masks():
+    layer = nn.Sequential(nn.Linear(4, 3, bias=False))
+    config = SparsificationConfig(preset="paper", target_sparsity=None, target_modules=["0"])
+    method = config.build()
+    method.attach(layer)
+    with torch.no_grad():
+        method.masks[0].scores.copy_(torch.linspace(-6, 6, 12).reshape(3, 4))
+    masks = torch.sigmoid(torch.linspace(-6, 6, 12))
+    expected = [int(((masks >= i / 20) & (masks < (i + 1) / 20)).sum()) for i in range(20)]
+    assert method.histogram() == expected
+    assert len(expected) == HISTOGRAM_BINS
+    assert sum(expected) == 12
+
+
+def test_two_methods_of_a_kind_are_told_apart():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    configs = [
+        SparsificationConfig(target_modules=["0"], target_sparsity=0.5),
+        SparsificationConfig(target_modules=["1"], target_sparsity=0.25),
+    ]
+    methods = [config.build() for config in configs]
+    for method in methods:
+        method.attach(model)
+        method.settle()
+    recorder = Recorder(methods)
+    metrics = recorder.record(3)
+    assert metrics["sparsification-0/sparsity"] == 0.5
+    assert metrics["sparsification-1/sparsity"] == 0.25
+    assert recorder.history[0]["step"] == 3
+
+
+def test_a_training_leaves_its_report_and_pictures(tmp_path):
+    config = SparsificationConfig(target_sparsity=0.8)
+    trainer = make_trainer("bert", tmp_path, approx=config, max_steps=8, logging_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "approx_report.json").read_text())
+    assert report == json.loads(json.dumps(trainer.approx_report))
+    (method,) = report["methods"]
+    assert method["target_sparsity"] == 0.8
+    assert method["learned_sparsity"] + method["last_correction"] == pytest.approx(method["sparsity"])
+    total = sum(layer["shape"][0] * layer["shape"][1] for layer in report["layers"])
+    gone = sum(layer["shape"][0] * layer["shape"][1] * layer["sparsity"] for layer in report["layers"])
+    assert gone / total == pytest.approx(report["totals"]["sparsity"])
+    assert sum(kind["weights"] for kind in report["kinds"].values()) == total
+    assert [entry["step"] for entry in report["history"]] == [2, 4, 6, 8]
+    assert all(sum(entry["masks"]["sparsification"]) == total for entry in report["history"])
+    # Hard masks are zero or one.
+    assert report["history"][-1]["masks"]["sparsification"][1:-1] == [0] * (HISTOGRAM_BINS - 2)
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "out" / "layers.png").read_bytes().startswith(PNG)
+
+
+def test_a_report_without_history_has_nothing_to_draw(tmp_path):
+    assert not has_history({})
+    with pytest.raises(ValueError, match="no logged sparsity"):
+        plot_training({"methods": [], "history": []}, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_methods_without_masks_are_drawn_too(tmp_path):
+    trainer = make_trainer(
+        "bert", tmp_path, approx=MagnitudePruningConfig(target_sparsity=0.5), max_steps=4, logging_steps=1
+    )
+    trainer.train()
+    plot_training(trainer.approx_report, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(PNG)
