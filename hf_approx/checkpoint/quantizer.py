@@ -280,8 +280,8 @@ def _quantized(name: str, weight: Tensor, grid: Grid, dtype: torch.dtype | None)
     there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
     if not torch.equal(round_to_grid(weight.detach(), there), weight.detach()):
         logger.warning(
-            "'%s' has changed since it was quantized. It is saved rounded to its grid, so the saved model differs from "
-            "the one in memory.",
+            "'%s' is no longer on the grid it was quantized to. It is saved rounded to it, so the saved model differs "
+            "from the one in memory.",
             name,
         )
     return packed
