@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from helpers import python
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
+from hf_approx.checkpoint.activations import activations_of
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules import SparseLinear
 from hf_approx.modules.activation import ActivationQuantizer, install
@@ -332,6 +333,22 @@ def test_activations_are_part_of_the_checkpoint(tmp_path, quantized):
     with pytest.raises(ValueError, match="quantize their input"):
         loaded.dequantize()
     assert python(DIGEST, tmp_path / "a", type(model).__name__).stdout.strip().endswith(digest(model))
+
+
+def test_packed_runtime_keeps_activations(tmp_path):
+    model = build("bert").eval()
+    names = [f"{name}.weight" for name in select_modules(model)]
+    with torch.no_grad():
+        for name in names:
+            model.get_parameter(name).mul_(torch.rand_like(model.get_parameter(name)) > 0.9)
+    quantize_inputs(model, ACTIVATED)
+    attach_packing(model, names)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=ApproxConfig(runtime="packed")
+    )
+    assert sum(isinstance(m, SparseLinear) for m in loaded.modules()) == len(names) - len(ACTIVATED)
+    assert set(activations_of(loaded)) == set(ACTIVATED)
 
 
 def test_limits_of_activations_stay_in_float32(tmp_path):

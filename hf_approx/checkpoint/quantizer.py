@@ -172,6 +172,7 @@ class ApproxQuantizer(HfQuantizer):
             self.quantization_config.runtime == "packed"
             and type(module) in (nn.Linear, Conv1D)
             and users == 1
+            and not module._forward_pre_hooks
             and spec.nnz / spec.numel <= MAX_DENSITY
             and packed.device.type == "cpu"
             and self._dtypes[name] in (torch.float32, torch.float64)
@@ -192,14 +193,16 @@ class ApproxQuantizer(HfQuantizer):
         tensors = model.state_dict(keep_vars=True)
         specs = _own_names(config.tensors, model, tensors)
         grids = _own_names(self.grids, model, tensors)
+        packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            spec = specs.get(name)
+            own = packed_as.get(id(tensor), name)
+            spec = specs.get(own)
             if id(tensor) not in done:
-                if name in grids:
-                    done[id(tensor)] = _quantized(name, tensor, grids[name], dtype)
+                if own in grids:
+                    done[id(tensor)] = _quantized(own, tensor, grids[own], dtype)
                 elif spec is not None and tensor.dtype != torch.uint8:
                     done[id(tensor)] = pack(tensor, dtype)
                 elif dtype is not None and name in params and tensor.is_floating_point():
@@ -207,8 +210,7 @@ class ApproxQuantizer(HfQuantizer):
                 else:
                     done[id(tensor)] = (tensor.detach(), spec)
             state[name], written = done[id(tensor)]
-            if name in grids or (spec is not None and written is not None):
-                assert written is not None
+            if own == name and written is not None:
                 if spec is not None and written.sparsity < spec.sparsity - 0.01:
                     logger.warning(
                         "'%s' had %.1f %% zeros when it was loaded and has %.1f %% now. Training keeps zeros unless "
