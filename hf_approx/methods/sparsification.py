@@ -5,7 +5,7 @@ so the mask goes from soft to the hard mask 1[s > 0] without ever sampling.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,61 +22,15 @@ from hf_approx.methods.budget import (
     Target,
     check_fraction,
     check_target,
-    cubic_ramp,
     global_top_k,
     plan,
-    threshold,
     top_masks,
 )
 from hf_approx.methods.layers import BlockMask
-from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, in_fours, layout_of
+from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, layout_of
+from hf_approx.methods.presets import PRESETS, Settings
+from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
 from hf_approx.structures import Kind, Structure, express_in_config, find_structures, note_sizes, remove_units
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # Starts close to the pretrained function: no rescaling, masks near one for all but the smallest weights.
-    "pretrained": {
-        "initial_score": 0.5,
-        "score_init": "magnitude",
-        "scale_mask": False,
-        "initial_temperature": 5.0,
-        "soft_fraction": 0.75,
-        "mask_lr": 2e-3,
-    },
-    # For random weights, whose sizes mean nothing: equal scores, masks that start almost open.
-    "scratch": {
-        "initial_score": 0.1,
-        "score_init": "constant",
-        "scale_mask": True,
-        "initial_temperature": 1.0,
-        "soft_fraction": 0.75,
-        "mask_lr": 1e-2,
-    },
-    # The authors' settings: masks start at exactly one through the scale 1 / sigmoid(s0).
-    "paper": {
-        "initial_score": 0.0,
-        "score_init": "constant",
-        "scale_mask": True,
-        "initial_temperature": 1.0,
-        "soft_fraction": 0.5,
-        "mask_lr": 1e-2,
-    },
-}
-
-
-EASE = 0.25
-"""Part of the soft phase in which scores that start equal come down to zero."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a preset decides."""
-
-    initial_score: float
-    score_init: str
-    scale_mask: bool
-    initial_temperature: float
-    soft_fraction: float
-    mask_lr: float
 
 
 @dataclass
@@ -178,10 +132,10 @@ class SparsificationConfig(MethodConfig):
                 "makes the mask one only where every score is s0."
             )
 
-    def settings(self) -> "Settings":
+    def settings(self) -> Settings:
         """The preset's values, with the fields that were given in their place."""
-        given = {name: getattr(self, name) for name in PRESETS[self.preset]}
-        return Settings(**{name: PRESETS[self.preset][name] if v is None else v for name, v in given.items()})
+        given = {field.name: getattr(self, field.name) for field in fields(Settings)}
+        return replace(PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None})
 
     def check_rounds(self) -> None:
         """Raise `ValueError` unless the masks are soft for a whole round and nothing is cut out of the model."""
@@ -349,35 +303,13 @@ class ContinuousSparsification(Method):
             mask.temperature.fill_(self._settings.initial_temperature)
         return False
 
-    @torch.no_grad()
     def _steer(self, fraction: float, progress: float) -> None:
-        """Lower the scores that are ranked together by one number, so that the wanted share is below zero.
-
-        The number is what a penalty on the mask would have to reach: a force equal on all scores, whose
-        multiplier is solved for instead of tuned.
-
-        Args:
-            fraction: Position on the ramp of the sparsity.
-            progress: Position in the soft phase, or in the round.
-        """
-        # Scores that start equal would all fall by s0 in the first step: they are let down slowly instead.
-        settings = self._settings
-        level = settings.initial_score * max(1 - progress / EASE, 0.0) if settings.score_init == "constant" else 0.0
-        masks = self.masks
+        """Keep the sparsity on its ramp, at `fraction`; `progress` is the position in the soft phase or round."""
+        level = resting_level(self._settings, progress)
         if self._config.granularity == "2:4":
-            for module, mask in zip(self.modules.values(), masks, strict=True):
-                fours = in_fours(module, mask.scores)
-                middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
-                fours.sub_(middle * cubic_ramp(fraction, 1.0))
-                self._force = float(middle.mean())
-            return
-        for group in self._groups():
-            wanted = cubic_ramp(fraction, group.target)
-            if wanted > 0:
-                force = threshold([masks[i].scores for i in group.members], wanted) - level
-                for i in group.members:
-                    masks[i].scores.sub_(force)
-                self._force = float(force)
+            self._force = lower_fours(list(self.modules.values()), self.masks, fraction, level)
+        else:
+            self._force = lower(self.masks, self._groups(), fraction, level)
 
     def _groups(self) -> list[Group]:
         target = self._config.target_sparsity
@@ -408,7 +340,7 @@ class ContinuousSparsification(Method):
         self._learned_sparsity = 1 - sum(int(k.sum()) for k in kept) / self._numel
         if self._config.granularity == "2:4":
             pairs = zip(self.modules.values(), masks, strict=True)
-            kept = [self._best_two(module, mask.scores) for module, mask in pairs]
+            kept = [best_two(module, mask.scores) for module, mask in pairs]
         elif self._config.target_sparsity is not None:
             kept = top_masks([mask.scores for mask in masks], self._groups())
         if self._config.structured:
@@ -418,13 +350,6 @@ class ContinuousSparsification(Method):
             mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
         self._force = 0.0
         self._settled = True
-
-    @staticmethod
-    def _best_two(module: nn.Module, scores: Tensor) -> Tensor:
-        """The mask of the best two of every four inputs."""
-        keep = torch.zeros_like(scores, dtype=torch.bool)
-        in_fours(module, keep).scatter_(-1, in_fours(module, scores).topk(2, dim=-1).indices, True)
-        return keep
 
     def bake(self) -> list[str]:
         """Leave masked weights; for structures, returns the weights of every layer they are part of or hold."""

@@ -1,0 +1,69 @@
+"""Keeping the sparsity of soft masks on its way to the target.
+
+All scores that are ranked together are lowered by one number, so that the wanted share is below zero. The number is
+what a penalty on the mask would have to reach: a force equal on all scores, whose multiplier is solved for instead of
+tuned.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.budget import Group, cubic_ramp, threshold
+from hf_approx.methods.masks import SigmoidMask, in_fours
+from hf_approx.methods.presets import Settings
+
+EASE = 0.25
+"""Part of the soft phase in which scores that start equal come down to zero."""
+
+
+def resting_level(settings: Settings, progress: float) -> float:
+    """Where the scores at the edge of the wanted share are put: zero, in the end.
+
+    Scores that start equal would all fall by s0 in the first step: they are let down slowly instead.
+    """
+    return settings.initial_score * max(1 - progress / EASE, 0.0) if settings.score_init == "constant" else 0.0
+
+
+@torch.no_grad()
+def lower(masks: Sequence[SigmoidMask], groups: Sequence[Group], fraction: float, level: float) -> float:
+    """Lower the scores of every group.
+
+    Args:
+        masks: Of all modules.
+        groups: Which are ranked together, and their targets.
+        fraction: Position on the cubic ramp to the targets.
+        level: Of `resting_level`.
+
+    Returns:
+        What was taken off the scores of the last group.
+    """
+    force = 0.0
+    for group in groups:
+        wanted = cubic_ramp(fraction, group.target)
+        if wanted > 0:
+            number = threshold([masks[i].scores for i in group.members], wanted) - level
+            for i in group.members:
+                masks[i].scores.sub_(number)
+            force = float(number)
+    return force
+
+
+@torch.no_grad()
+def lower_fours(layers: Sequence[nn.Module], masks: Sequence[SigmoidMask], fraction: float, level: float) -> float:
+    """As `lower`, with half of every four inputs as the wanted share; pulls harder as the ramp rises."""
+    force = 0.0
+    for layer, mask in zip(layers, masks, strict=True):
+        fours = in_fours(layer, mask.scores)
+        middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
+        fours.sub_(middle * cubic_ramp(fraction, 1.0))
+        force = float(middle.mean())
+    return force
+
+
+def best_two(layer: nn.Module, scores: Tensor) -> Tensor:
+    """The mask of the best two of every four inputs."""
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    in_fours(layer, keep).scatter_(-1, in_fours(layer, scores).topk(2, dim=-1).indices, True)
+    return keep
