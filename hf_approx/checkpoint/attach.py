@@ -1,6 +1,6 @@
 """Making a model in memory one that saves packed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -9,11 +9,15 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
 from hf_approx.checkpoint.zeros import keep_zeros
 from hf_approx.packing import TensorSpec, dtype_from_name, pack
+from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.structures import sizes_of
 
 
 def attach_packing(
-    model: PreTrainedModel, names: Iterable[str], store_dtype: str | None = "float16"
+    model: PreTrainedModel,
+    names: Iterable[str],
+    store_dtype: str | None = "float16",
+    grids: Mapping[str, Grid] | None = None,
 ) -> dict[str, TensorSpec]:
     """Make `model.save_pretrained` write the named weights packed; the model in memory equals what is saved.
 
@@ -25,6 +29,7 @@ def attach_packing(
         model: A model whose weights are final.
         names: Names of the parameters to pack, as in `named_parameters()`.
         store_dtype: `"float16"`, `"bfloat16"`, `"float32"` or None to keep each parameter's own.
+        grids: Grids that named weights are rounded to.
 
     Returns:
         How each packed weight is stored.
@@ -37,11 +42,13 @@ def attach_packing(
     unknown = [name for name in names if name not in params]
     if unknown:
         raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
+    grids = grids or {}
     dtype = dtype_from_name(store_dtype) if store_dtype else None
     new = {}
     for name, param in params.items():
         if id(param) not in new and param.is_floating_point():
-            value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
+            value = round_to_grid(param.detach(), grids[name]) if name in grids else param.detach()
+            value = value if dtype is None else rounded(name, value, dtype).to(param.dtype)
             new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
     specs = {}
     for name in dict.fromkeys(model.all_tied_weights_keys.get(name, name) for name in names):
