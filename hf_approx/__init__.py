@@ -1,7 +1,13 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
-from hf_approx.methods import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
+from hf_approx.methods import (
+    MagnitudePruningConfig,
+    MovementPruningConfig,
+    SmolConfig,
+    SparsificationConfig,
+    UniformQuantizationConfig,
+)
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
 from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
@@ -18,7 +24,9 @@ __all__ = [
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",
+    "SmolConfig",
     "SparsificationConfig",
+    "UniformQuantizationConfig",
     "attach_packing",
     "keep_zeros",
 ]

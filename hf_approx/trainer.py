@@ -24,6 +24,7 @@ from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, 
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import TensorSpec, dtype_from_name
+from hf_approx.packing.grid import Grid, expand
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ class _Schedule(TrainerCallback):
         progress = state.global_step / max(state.max_steps - 1, 1)
         for method in self.methods:
             method.on_step(progress)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.methods:
+            method.on_gradients()
 
 
 class ApproxTrainerMixin:
@@ -88,7 +95,7 @@ class ApproxTrainerMixin:
         attached: list[Method] = []
         try:
             for method in self.methods:
-                method.attach(self._plain_model)
+                method.attach(self._plain_model, attached)
                 attached.append(method)
         except ValueError:
             for method in reversed(attached):
@@ -212,7 +219,7 @@ class ApproxTrainerMixin:
                 for method in self.methods:
                     method.settle()
             self.approx_report["methods"] = [method.report() for method in self.methods]
-            names += [name for method in self.methods for name in method.bake()]
+            names += [name for method in reversed(self.methods) for name in method.bake()]
             for method in self.methods:
                 method.remove()
             self._finalized = True
@@ -232,13 +239,14 @@ class ApproxTrainerMixin:
         total = sum(params[name].numel() for name in names) + removed
         width = params[names[0]].element_size()
         specs: dict[str, TensorSpec] = {}
+        grids = {name: grid for method in self.methods for name, grid in method.grids.items()}
         if isinstance(model, PreTrainedModel):
             try:
-                specs = attach_packing(model, names, self.store_dtype)
+                specs = attach_packing(model, names, self.store_dtype, grids)
             except ValueError as error:
                 logger.warning("%s Storing every weight in its own dtype instead.", error)
                 self.store_dtype = None
-                specs = attach_packing(model, names, None)
+                specs = attach_packing(model, names, None, grids)
         else:
             logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
         halved = self.store_dtype is not None and hasattr(getattr(model, "config", None), "quantization_config")
@@ -246,6 +254,7 @@ class ApproxTrainerMixin:
         kept = sum(int(params[name].count_nonzero()) for name in names)
         return {
             "sparsity": 1 - kept / total,
+            **({"bits": _average_bits({name: params[name] for name in grids}, grids)} if grids else {}),
             "dense_bytes": total * width,
             "packed_bytes": sum(specs[n].nbytes if n in specs else params[n].numel() * stored for n in names),
         }
@@ -332,6 +341,13 @@ class ApproxTrainerMixin:
             saved = _read_json(os.path.join(checkpoint, STATE_FILE))
             for method, entry in zip(self.methods, saved, strict=True):
                 method.load_state_dict(entry["state"])
+
+
+def _average_bits(weights: dict[str, Tensor], grids: dict[str, Grid]) -> float:
+    """Bits a weight that is not zero, over all weights that have a grid."""
+    kept = sum(int(weight.count_nonzero()) for weight in weights.values())
+    bits = sum(int(expand(grids[n].bits, w.shape)[w != 0].sum()) for n, w in weights.items())
+    return bits / max(kept, 1)
 
 
 def _read_json(path: str) -> Any:

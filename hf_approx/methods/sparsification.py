@@ -355,6 +355,16 @@ class ContinuousSparsification(Method):
         """Whether the mask is hard."""
         return self._settled
 
+    @property
+    def resizes(self) -> bool:
+        """Whether heads or neurons are cut out."""
+        return self._config.structured is not None
+
+    @property
+    def settles_at(self) -> float:
+        """The end of the soft phase."""
+        return self._settings.soft_fraction
+
     def metrics(self) -> dict[str, float]:
         """Sparsity of the hard and the soft mask, temperature, and penalty.
 

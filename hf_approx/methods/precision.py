@@ -1,0 +1,235 @@
+"""Precisions from limits of perturbation, their average, and integers that meet a budget of bits.
+
+A weight of p bits is displaced by up to sigma = 2^(1 - p) when it is rounded. With sigma = sigmoid(s) that is
+p = 1 + log2(1 + e^-s).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = 0.02
+"""How far the average of the assigned precisions may be from the budget, in bits."""
+SAMPLE = 1 << 18
+"""Limits that place the average during training; the final assignment counts all of them."""
+ALMOST_ONE = 5.0
+"""The largest s: 1.01 bits, where its gradient has not vanished yet."""
+
+
+MEMORY = 0.9
+"""Share of the past in the running means that give the multiplier of the penalty."""
+
+
+def precision(limits: Tensor) -> Tensor:
+    """p(s) = 1 + log2(1 + e^-s), at least 1."""
+    return 1 + nn.functional.softplus(-limits) / math.log(2)
+
+
+def initial_limit(bits: float) -> float:
+    """The s of a precision: its inverse, -ln(2^(bits - 1) - 1), but never more than `ALMOST_ONE`."""
+    return ALMOST_ONE if bits <= 1 else min(-math.log(2.0 ** (bits - 1) - 1), ALMOST_ONE)
+
+
+@torch.no_grad()
+def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, least: float, most: float) -> float:
+    """Shift all limits by one number so that the average precision is about the target, and clamp them.
+
+    Args:
+        limits: Changed in place.
+        sizes: How many weights each limit governs, in shapes that broadcast.
+        target: Average, each weight counted once.
+        least: Smallest precision.
+        most: Largest precision.
+
+    Returns:
+        The shift.
+    """
+    stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
+    sample = torch.cat([s.reshape(-1)[::stride] for s in limits]).double()
+    weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)]).double()
+    low, high = initial_limit(most), initial_limit(least)
+    # The average falls as the shift grows; its slope changes where limits reach the clamp, so bisection is safest.
+    left, right = low - float(sample.max()), high - float(sample.min())
+    total = weight.sum()
+    for _ in range(40):
+        middle = (left + right) / 2
+        average = float((precision((sample + middle).clamp(low, high)) * weight).sum() / total)
+        left, right = (middle, right) if average > target else (left, middle)
+    shift = (left + right) / 2
+    for s in limits:
+        s.add_(shift).clamp_(low, high)
+    return shift
+
+
+def _like(sizes: Tensor, limits: Tensor) -> Tensor:
+    """The sizes of all limits in one dimension, without memory of their own where all are equal."""
+    if sizes.numel() == 1:
+        return sizes.reshape(1).expand(limits.numel())
+    return sizes.expand_as(limits).reshape(-1)
+
+
+@dataclass
+class Budget:
+    """Limits that share an average, and how many weights each governs.
+
+    `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the penalty would add to it
+    if its multiplier were one.
+    """
+
+    limits: list[nn.Parameter]
+    sizes: list[Tensor]
+    target: float | None
+    pull: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def multiplier(self) -> float:
+        """The lambda for which gradients and penalty together leave the average where it is."""
+        return max(self.pull / self.weight, 0.0) if self.weight > 0 else 0.0
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Add the gradient of the penalty to that of the limits, with the multiplier solved for.
+
+        Without it Adam, which makes all gradients equally large, would lower precisions that should rise.
+        """
+        if any(s.grad is None for s in self.limits):
+            return
+        slopes = [n * torch.sigmoid(-s) / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)]
+        pull = torch.stack([cast(Tensor, s.grad).sum(dtype=torch.float64) for s in self.limits]).sum()
+        weight = torch.stack([slope.sum(dtype=torch.float64) for slope in slopes]).sum()
+        if not bool(pull.isfinite()):
+            return
+        self.pull = MEMORY * self.pull + (1 - MEMORY) * float(pull)
+        self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
+        for s, slope in zip(self.limits, slopes, strict=True):
+            cast(Tensor, s.grad).sub_(slope * self.multiplier)
+
+    def average(self) -> float:
+        """Average precision the limits stand for."""
+        with torch.no_grad():
+            bits = sum(float((precision(s) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+        return bits / self.governs
+
+    @property
+    def governs(self) -> float:
+        """How many weights all limits govern."""
+        return sum(float(n.expand_as(s).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+
+    def penalty(self) -> Tensor:
+        """Sum of (p - 1) over all weights, differentiable."""
+        terms = [
+            (nn.functional.softplus(-s) * n).sum() / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)
+        ]
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def choose(
+    limits: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    allowed: Sequence[int],
+    target: float | None,
+) -> None:
+    """Set `bits` to the precisions that `assign` gives the limits."""
+    wanted = torch.cat([precision(s).reshape(-1).cpu() for s in limits])
+    assigned = assign(wanted, torch.cat([n.reshape(-1).cpu() for n in sizes]), allowed, target)
+    for buffer, part in zip(bits, assigned.split([s.numel() for s in limits]), strict=True):
+        buffer.copy_(part.reshape(buffer.shape))
+
+
+def round_precision(wanted: Tensor, allowed: Sequence[int]) -> Tensor:
+    """The nearest allowed precision of each, as positions in `allowed`."""
+    levels = torch.tensor(allowed, dtype=wanted.dtype, device=wanted.device)
+    return torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2)
+
+
+def assign(wanted: Tensor, sizes: Tensor, allowed: Sequence[int], target: float | None) -> Tensor:
+    """Integer precisions near the wanted ones whose weighted average meets the target as nearly as it can.
+
+    All are shifted by one number and rounded to the nearest; those on the edge then go up one by one, and at last a few
+    single parts or pairs move to close what large parts leave open.
+
+    Args:
+        wanted: Real precisions, one dimension.
+        sizes: How many weights each governs; those that govern none do not count.
+        allowed: Precisions in rising order.
+        target: Average, each weight counted once; None rounds each to the nearest.
+
+    Returns:
+        uint8, like `wanted`.
+    """
+    levels = torch.tensor(allowed, dtype=torch.float64, device=wanted.device)
+    if target is None:
+        return levels[round_precision(wanted.double(), allowed)].to(torch.uint8)
+    wanted, sizes = wanted.double(), sizes.double()
+    budget = target * float(sizes.sum())
+
+    def spent(choice: Tensor) -> float:
+        return float((levels[choice] * sizes).sum())
+
+    span = float(levels[-1] - levels[0]) + float(wanted.max() - wanted.min()) + 1
+    center = float(levels[0]) - float(wanted.min())
+    left, right = center - span, center + span
+    for _ in range(50):
+        middle = (left + right) / 2
+        if spent(round_precision(wanted + middle, allowed)) <= budget:
+            left = middle
+        else:
+            right = middle
+    choice, higher = (round_precision(wanted + shift, allowed) for shift in (left, right))
+    edge = (higher > choice).nonzero().reshape(-1)
+    if len(edge):
+        costs = (levels[higher[edge]] - levels[choice[edge]]) * sizes[edge]
+        affordable = costs.cumsum(0) <= budget - spent(choice) + 1e-9
+        choice[edge[affordable]] = higher[edge[affordable]]
+    _close(choice, sizes, levels, budget - spent(choice), TOLERANCE / 2 * float(sizes.sum()))
+    return levels[choice].to(torch.uint8)
+
+
+PAIRS = 512
+"""Parts that are tried in pairs, taken evenly over all sizes."""
+
+
+def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: float) -> None:
+    """Move single parts by a level, or two at once, while that brings what is left of the budget nearer to zero."""
+    for _ in range(64):
+        if abs(left) <= enough:
+            return
+        infinite = torch.full_like(sizes, torch.inf)
+        counted = sizes > 0
+        up, down = counted & (choice < len(levels) - 1), counted & (choice > 0)
+        more = torch.where(up, (levels[(choice + 1).clamp(max=len(levels) - 1)] - levels[choice]) * sizes, infinite)
+        less = torch.where(down, (levels[choice] - levels[(choice - 1).clamp(min=0)]) * sizes, infinite)
+        gain, loss = (left - more).abs(), (left + less).abs()
+        moves = [(float(gain.min()), ((int(gain.argmin()), 1),)), (float(loss.min()), ((int(loss.argmin()), -1),))]
+        some = sizes.argsort()[:: max(len(sizes) // PAIRS, 1)]
+        both = (left - more[some][:, None] + less[some][None, :]).nan_to_num(torch.inf).abs()
+        both.fill_diagonal_(torch.inf)
+        at = int(both.argmin())
+        pair = ((int(some[at // len(some)]), 1), (int(some[at % len(some)]), -1))
+        moves.append((float(both.reshape(-1)[at]), pair))
+        best, changes = min(moves, key=lambda move: move[0])
+        if best >= abs(left):
+            return
+        before = float((levels[choice] * sizes).sum())
+        for part, change in changes:
+            choice[part] += change
+        left -= float((levels[choice] * sizes).sum()) - before
+
+
+def nearest_average(sizes: Tensor, allowed: Sequence[int], target: float) -> float:
+    """The average that `assign` reaches where no part is wanted more than another."""
+    assigned = assign(torch.full(sizes.shape, target, dtype=torch.float64), sizes, allowed, target)
+    return float((assigned * sizes.double()).sum() / sizes.double().sum())
+
+
+def map_entropy(bits: Tensor) -> float:
+    """Bits that no code of the precision map, part by part, can go below."""
+    counts = torch.bincount(bits.reshape(-1).long()).double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log2()).sum()) * bits.numel()
