@@ -48,7 +48,8 @@ def attach_packing(
     for name, param in params.items():
         if id(param) not in new and param.is_floating_point():
             value = round_to_grid(param.detach(), grids[name]) if name in grids else param.detach()
-            value = value if dtype is None else rounded(name, value, dtype).to(param.dtype)
+            if dtype is not None and name not in grids:
+                value = rounded(name, value, dtype).to(param.dtype)
             new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
     specs = {}
     for name in dict.fromkeys(model.all_tied_weights_keys.get(name, name) for name in names):
