@@ -12,8 +12,8 @@ class NoisyActivation(ActivationQuantizer):
     """Clips to a trained limit and adds noise of a trained size; once precisions are fixed it rounds.
 
     In the first step it only looks at how large inputs are, to set its limits. Noise of sigma(s) stands for
-    p = 1 - log2 sigma(s) bits, as for weights: its largest value, limit * sigma / (2 - sigma) for signed inputs and half
-    of that for others, is the largest error of rounding to p bits.
+    p = 1 - log2 sigma(s) bits, as for weights: its largest value, limit * sigma / (2 - sigma) for signed inputs and
+    half of that for others, is the largest error of rounding to p bits.
 
     Args:
         channels: As of `ActivationQuantizer`.

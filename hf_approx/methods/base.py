@@ -61,7 +61,7 @@ class Method(ABC):
         resizing = [method.name for method in earlier if method.resizes]
         if self.quantizes and resizing:
             raise ValueError(
-                f"{resizing[0]} removes whole units at the end; quantize the smaller model in a second run."
+                f"{resizing[0]} removes whole units at the end; quantize the smaller model in another run."
             )
         selected = self.select(model)
         for name, module in selected.items():

@@ -74,7 +74,7 @@ def _like(sizes: Tensor, limits: Tensor) -> Tensor:
 
 @dataclass
 class Budget:
-    """Limits that share an average, and how many weights each governs.
+    """Limits that share an average, how many weights each governs, the average, and the allowed precisions.
 
     `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the penalty would add to it
     if its multiplier were one.
@@ -83,6 +83,7 @@ class Budget:
     limits: list[nn.Parameter]
     sizes: list[Tensor]
     target: float | None
+    allowed: Sequence[int]
     pull: float = 0.0
     weight: float = 0.0
 
@@ -151,8 +152,8 @@ def round_precision(wanted: Tensor, allowed: Sequence[int]) -> Tensor:
 def assign(wanted: Tensor, sizes: Tensor, allowed: Sequence[int], target: float | None) -> Tensor:
     """Integer precisions near the wanted ones whose weighted average meets the target as nearly as it can.
 
-    All are shifted by one number and rounded to the nearest; those on the edge then go up one by one, and at last a few
-    single parts or pairs move to close what large parts leave open.
+    All are shifted by one number and rounded to the nearest; those on the edge then go up one by one, and at last a
+    few single parts or pairs move to close what large parts leave open.
 
     Args:
         wanted: Real precisions, one dimension.
@@ -206,12 +207,15 @@ def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: f
         more = torch.where(up, (levels[(choice + 1).clamp(max=len(levels) - 1)] - levels[choice]) * sizes, infinite)
         less = torch.where(down, (levels[choice] - levels[(choice - 1).clamp(min=0)]) * sizes, infinite)
         gain, loss = (left - more).abs(), (left + less).abs()
-        moves = [(float(gain.min()), ((int(gain.argmin()), 1),)), (float(loss.min()), ((int(loss.argmin()), -1),))]
+        moves: list[tuple[float, list[tuple[int, int]]]] = [
+            (float(gain.min()), [(int(gain.argmin()), 1)]),
+            (float(loss.min()), [(int(loss.argmin()), -1)]),
+        ]
         some = sizes.argsort()[:: max(len(sizes) // PAIRS, 1)]
         both = (left - more[some][:, None] + less[some][None, :]).nan_to_num(torch.inf).abs()
         both.fill_diagonal_(torch.inf)
         at = int(both.argmin())
-        pair = ((int(some[at // len(some)]), 1), (int(some[at % len(some)]), -1))
+        pair = [(int(some[at // len(some)]), 1), (int(some[at % len(some)]), -1)]
         moves.append((float(both.reshape(-1)[at]), pair))
         best, changes = min(moves, key=lambda move: move[0])
         if best >= abs(left):

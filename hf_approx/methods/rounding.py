@@ -1,7 +1,7 @@
 """Weights on a grid: rounding with a straight-through gradient, learned scales, and the scale that fits best.
 
-The grid is that of `hf_approx.packing.grid`. The gradient of the scale is that of LSQ (Esser et al., "Learned Step Size
-Quantization", 2020).
+The grid is that of `hf_approx.packing.grid`. The gradient of the scale is that of LSQ (Esser et al., "Learned Step
+Size Quantization", 2020).
 """
 
 from typing import Any, Literal, cast
@@ -173,7 +173,7 @@ def joint_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size, candidates: int = 16) -> Tensor:
+def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Tensor:
     """The scales of the given shape that minimize the squared rounding error, nearly.
 
     A search over fractions of the largest weight, then a few steps of least squares with the codes held fixed.
@@ -192,9 +192,12 @@ def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size, candi
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return value
 
-    for fraction in torch.logspace(-1, 0, candidates).tolist():
+    for fraction in torch.logspace(-1, 0, 12).tolist():
         keep_better(stored(top * fraction))
-    for _ in range(3):
+    coarse = best
+    for factor in (0.88, 0.92, 0.96, 1.04, 1.08, 1.12):
+        keep_better(stored(coarse * factor))
+    for _ in range(2):
         value = nearest(weight, bits, best)
         square = reduce(value * value, shape)
         keep_better(stored(torch.where(square > 0, best * reduce(value * weight, shape) / square, best)))

@@ -1,10 +1,10 @@
 """SMOL (Savarese, Yuan, Li and Maire, "Not All Bits have Equal Value", NeurIPS 2022): learned precisions.
 
-Each part of a weight has a limit s, and noise of size sigmoid(s) is added to it in training. A part that tolerates more
-noise needs fewer bits: after the noisy phase its limit becomes a precision, and training goes on with rounded weights.
+Each part of a weight has a limit s, and noise of size sigmoid(s) is added to it in training. A part that tolerates
+more noise needs fewer bits: after the noisy phase its limit becomes a precision, and rounded weights train on.
 
-Where the text of the paper could not be read, the equations are this project's reconstruction: the law of the noise, the
-scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
+Where the text of the paper could not be read, the equations are this project's reconstruction: the law of the noise,
+the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
 """
 
 import math
@@ -59,8 +59,8 @@ class SmolConfig(MethodConfig):
     granularity: PartGranularity = field(
         default="group",
         metadata={
-            "help": "What has a precision of its own: each 'weight' (the paper; the map of precisions then takes space "
-            "too), 'group' of inputs of an output channel, output 'channel', or 'tensor'."
+            "help": "What has a precision of its own: each 'weight' (the paper; the map of precisions then takes "
+            "space too), 'group' of inputs of an output channel, output 'channel', or 'tensor'."
         },
     )
     group_size: int = field(default=128, metadata={"help": "Inputs in a group, at most."})
@@ -101,14 +101,18 @@ class SmolConfig(MethodConfig):
         if not (self.bits and whole and list(self.bits) == sorted(set(self.bits))):
             raise ValueError(f"{where}: bits must be rising whole numbers from 1 to {MAX_BITS}, got {self.bits}.")
         low, high = self.bits[0], self.bits[-1]
-        targets = self.target_bits if isinstance(self.target_bits, Mapping) else {"": self.target_bits}
-        if not targets:
-            raise ValueError(f"{where}: target_bits has no pattern; give a number or at least one pattern.")
-        for pattern, value in targets.items():
-            if value is not None or pattern:
-                check_fraction(where, f"target_bits[{pattern!r}]" if pattern else "target_bits", value, low, high)
+        targets: dict[str, float | None] = {}
+        if isinstance(self.target_bits, Mapping):
+            targets.update({f"target_bits[{pattern!r}]": value for pattern, value in self.target_bits.items()})
+            if not self.target_bits:
+                raise ValueError(f"{where}: target_bits has no pattern; give a number or at least one pattern.")
+        else:
+            targets["target_bits"] = self.target_bits
+        for name, target in targets.items():
+            if target is not None:
+                check_fraction(where, name, target, low, high)
         if self.activation_bits is not None:
-            check_fraction(where, "activation_bits", self.activation_bits, low, high)
+            check_fraction(where, "activation_bits", self.activation_bits, 1, MAX_BITS)
         check_fraction(where, "initial_bits", self.initial_bits, 1, MAX_BITS)
         if self.noise_fraction is not None:
             check_fraction(where, "noise_fraction", self.noise_fraction)
@@ -204,26 +208,28 @@ class Smol(Method):
     def _plan(self) -> None:
         """Group the limits by their targets, and refuse targets that whole parts cannot meet."""
         config, noises = self._config, self.noises
-        for index, noise in enumerate([*noises, *self.activations.values()]):
-            noise.index = index
+        makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
+        for index, maker in enumerate(makers):
+            maker.index = index
         shapes = [effective_weight(module).shape for module in self.modules.values()]
         sizes = [governed(shape, p.bits.shape).to(p.bits.device) for shape, p in zip(shapes, noises, strict=True)]
         for members, target in self._groups():
             limits = [noises[i].limits for i in members]
-            self.budgets.append(Budget(limits, [sizes[i] for i in members], target))
+            self.budgets.append(Budget(limits, [sizes[i] for i in members], target, config.bits))
         if self.activations:
             quantizers = list(self.activations.values())
             sizes = [torch.full((1,), q.governs, device=q.limits.device) for q in quantizers]
-            self.budgets.append(Budget([q.limits for q in quantizers], sizes, config.activation_bits))
+            allowed = range(1, MAX_BITS + 1)
+            self.budgets.append(Budget([q.limits for q in quantizers], sizes, config.activation_bits, allowed))
         for budget in self.budgets:
             parts = sum(s.numel() for s in budget.limits)
             if budget.target is None or parts > MANY:
                 continue
             flat = torch.cat([n.expand_as(s).reshape(-1) for s, n in zip(budget.limits, budget.sizes, strict=True)])
-            reached = nearest_average(flat, config.bits, budget.target)
+            reached = nearest_average(flat, budget.allowed, budget.target)
             if abs(reached - budget.target) > TOLERANCE:
                 raise ValueError(
-                    f"SmolConfig: {parts} parts with precisions {config.bits} cannot average {budget.target:g} bits, "
+                    f"SmolConfig: {parts} parts with precisions {tuple(budget.allowed)} cannot average {budget.target:g} bits, "
                     f"only {reached:.3f}; choose a finer granularity or that target."
                 )
 
@@ -292,18 +298,18 @@ class Smol(Method):
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
-        for noise in (*self.noises, *self.activations.values()):
+        for noise in self.noises:
             noise.step, noise.frozen = self._step, self._settled
         for quantizer in self.activations.values():
+            quantizer.step, quantizer.frozen = self._step, self._settled
             quantizer.observing = self._step <= 1
 
     def _steer(self, fraction: float) -> None:
-        least, most = self._config.bits[0], self._config.bits[-1]
         for budget in self.budgets:
             if budget.target is not None:
                 start = max(self._config.initial_bits, budget.target)
                 wanted = start + (budget.target - start) * cubic_ramp(fraction, 1.0)
-                steer(budget.limits, budget.sizes, wanted, least, most)
+                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
 
     def on_gradients(self) -> None:
         """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""
@@ -336,7 +342,7 @@ class Smol(Method):
         if self.activations:
             quantizers = list(self.activations.values())
             sizes = [torch.full_like(q.limits, q.governs) for q in quantizers]
-            choose([q.limits for q in quantizers], [q.bits for q in quantizers], sizes, config.bits,
+            choose([q.limits for q in quantizers], [q.bits for q in quantizers], sizes, range(1, MAX_BITS + 1),
                    config.activation_bits)  # fmt: skip
         self._settled = True
         self._tell()
@@ -375,8 +381,9 @@ class Smol(Method):
         if self.activations:
             quantizers = self.activations.values()
             total = sum(q.governs * q.channels for q in quantizers)
-            bits = sum(q.governs * float((q.bits if self._settled else precision(q.limits)).sum()) for q in quantizers)
-            numbers["activation_bits"] = bits / total
+            used = [q.bits if self._settled else precision(q.limits) for q in quantizers]
+            spent = sum(q.governs * float(bits.sum()) for q, bits in zip(quantizers, used, strict=True))
+            numbers["activation_bits"] = spent / total
         return numbers
 
     def _kept(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,473 @@
+"""SMOL: its equations against closed forms, the budget of bits, and training that is exact when repeated."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import TrainerCallback
+from transformers.pytorch_utils import Conv1D
+
+from helpers import assert_same_weights, make_trainer, weights
+from hf_approx import SmolConfig
+from hf_approx.methods.noise import draw
+from hf_approx.methods.precision import assign, initial_limit, precision, steer
+from hf_approx.methods.rounding import expand, fit_scale, governed, nearest, reduce
+from hf_approx.packing.grid import Grid, round_to_grid
+from models import build
+from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
+
+
+def smol_on(layer, **options):
+    """A method attached to one layer, in a model of it alone."""
+    config = {"target_modules": ["0"], "target_bits": None, **options}
+    method = SmolConfig(**config).build()
+    method.attach(nn.ModuleList([layer]))
+    return method
+
+
+def quadratic(noise, **options):
+    """A layer of 4 outputs whose rows are 256 draws of one weight each, near zero and at scale 1."""
+    layer = nn.Linear(256, 4, bias=False)
+    nn.init.constant_(layer.weight, 1e-12)
+    method = smol_on(layer, granularity="channel", noise=noise, train_scale=False, **options)
+    method.noises[0].log_scale.data.zero_()
+    return layer, method
+
+
+@pytest.mark.parametrize(("noise", "factor"), [("uniform", 1 / 6), ("rademacher", 1 / 2)])
+def test_noise_costs_what_the_second_order_says(noise, factor):
+    """S1: E L(w + sigma eps) - L(w) is a known multiple of sum H sigma^2, for a quadratic L."""
+    layer, method = quadratic(noise)
+    curvature = torch.tensor([0.1, 1.0, 10.0, 100.0])
+    sigma = torch.tensor([0.9, 0.5, 0.2, 0.05])
+    method.noises[0].limits.data.copy_(torch.logit(sigma)[:, None])
+    losses = []
+    for step in range(400):
+        method.noises[0].step = step
+        losses.append(float((curvature[:, None] * layer.weight.detach() ** 2 / 2).sum(0).mean()))
+    expected = factor * float((curvature * sigma**2).sum())
+    assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("noise", ["uniform", "rademacher"])
+def test_learned_precisions_are_those_of_the_closed_form(noise):
+    """S1: H sigma^2 = 3 lambda / ln 2 (uniform) or lambda / ln 2 (rademacher) where gradient and penalty balance."""
+    curvature, lambda_ = torch.tensor([0.1, 1.0, 10.0, 100.0]), 1e-2
+    layer, method = quadratic(noise, initial_bits=4.0, penalty=lambda_ / 256, noise_fraction=1.0)
+    limits = method.noises[0].limits
+    optimizer = torch.optim.Adam([limits], lr=3e-2)
+    learned = []
+    for step in range(1500):
+        method.on_step(step / 1500)
+        loss = (curvature[:, None] * layer.weight**2 / 2).mean(1).sum() + method.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 3e-2 * (1 - step / 1500)
+        learned.append(precision(limits.detach()).reshape(-1))
+    times = 3 if noise == "uniform" else 1
+    expected = 1 + 0.5 * torch.log2(curvature * math.log(2) / (times * lambda_))
+    torch.testing.assert_close(torch.stack(learned[-300:]).mean(0), expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rounding_has_the_levels_and_errors_of_the_paper(bits):
+    """S2, on the clip range and beyond; the same bits as the packed grid."""
+    weight = torch.linspace(-2, 2, 4001).reshape(1, -1)
+    part = torch.full((1, 1), bits, dtype=torch.uint8)
+    value = nearest(weight, part, torch.ones(1, 1))
+    assert len(value[weight != 0].unique()) == 2**bits
+    assert (value - weight).abs().max() <= 2.0 ** (1 - bits) + 1e-6
+    torch.testing.assert_close(nearest(-weight, part, torch.ones(1, 1))[weight * 2**bits % 1 != 0],
+                               -value[weight * 2**bits % 1 != 0])  # fmt: skip
+    assert torch.equal(nearest(value, part, torch.ones(1, 1)), value)
+    scale = torch.tensor([[0.0371]]).half().float()
+    scaled = weight * 0.05
+    assert torch.equal(nearest(scaled, part, scale), round_to_grid(scaled, Grid(part, scale.half())))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_gradient_is_straight_through_inside_the_clip_range_only(bits):
+    layer = nn.Linear(6, 1, bias=False)
+    layer.weight.data = torch.tensor([[-1.9, -0.4, 0.3, 0.6, 0.99, 1.99]])
+    method = smol_on(layer, granularity="tensor", scale_granularity="tensor", bits=(bits,), noise_fraction=0.0)
+    method.settle()
+    noise = method.noises[0]
+    noise.log_scale.data.zero_()
+    upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    (layer.weight * upstream).sum().backward()
+    original = layer.parametrizations.weight.original
+    inside = original.detach().abs() <= 2 - 2.0 ** (1 - bits)
+    assert torch.equal(original.grad, upstream * inside)
+    error = layer.weight.detach() - original.detach() * inside
+    torch.testing.assert_close(noise.log_scale.grad, (upstream * error).sum().reshape(1, 1))
+
+
+def test_gradients_of_noisy_weights_are_those_of_the_formula():
+    """Against autograd through w_eff = scale (clip(w / scale) + sigma(s) eps), with s kept out of the clip range."""
+    torch.manual_seed(0)
+    layer = nn.Linear(10, 3, bias=False)
+    method = smol_on(layer, granularity="group", group_size=4, noise_fraction=1.0, initial_bits=3.0)
+    noise = method.noises[0]
+    noise.limits.data.normal_(0, 1)
+    method._tell()
+    upstream = torch.randn(3, 10)
+    (layer.weight * upstream).sum().backward()
+    w = layer.parametrizations.weight.original.detach().clone().requires_grad_()
+    s = noise.limits.detach().clone().requires_grad_()
+    scale, eps = noise.scale, draw(w.shape, (0, noise.step, 0), "uniform", w.device)
+    sigma = torch.sigmoid(s).repeat_interleave(4, 1)[:, :10]
+    limit = (2 - sigma.detach()) * scale
+    expected = torch.minimum(torch.maximum(w, -limit), limit) + scale * sigma * eps
+    assert noise.limits.shape == (3, 3)
+    torch.testing.assert_close(layer.weight, expected)
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, w.grad)
+    torch.testing.assert_close(noise.limits.grad, s.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_precision_and_initial_limit_are_inverse():
+    """S3, with the values of the specification."""
+    for bits, limit in ((8, -4.844187), (4, -1.945910), (3, -1.098612), (2, 0.0)):
+        assert initial_limit(bits) == pytest.approx(limit, abs=1e-6)
+        assert float(precision(torch.tensor(initial_limit(bits)))) == pytest.approx(bits, abs=1e-5)
+
+
+def test_the_penalty_has_the_gradient_of_the_specification():
+    """S3: d penalty / ds = -sigma(-s) / ln 2 for each weight the limit governs."""
+    layer = nn.Linear(10, 3, bias=False)
+    method = smol_on(layer, granularity="group", group_size=4, penalty=0.5)
+    method.penalty().backward()
+    limits = method.noises[0].limits
+    expected = -0.5 * torch.tensor([4.0, 4.0, 2.0]) * torch.sigmoid(-limits.detach()) / math.log(2)
+    torch.testing.assert_close(limits.grad, expected)
+
+
+def test_without_noise_the_layer_computes_what_it_did():
+    """S3: as sigma goes to zero, and in eval mode at any sigma."""
+    layer = nn.Linear(16, 8).double()
+    weight = layer.weight.detach().clone()
+    method = smol_on(layer, bits=(8,), initial_bits=8.0)
+    assert not torch.equal(layer.weight, weight)
+    layer.eval()
+    span = weight.abs().amax(1, keepdim=True)
+    method.noises[0].log_scale.data.copy_(span.log())
+    assert torch.equal(layer.weight, weight)
+    layer.train()
+    method.noises[0].limits.data.fill_(-20)
+    torch.testing.assert_close(layer.weight, weight, atol=1e-8, rtol=0)
+
+
+def test_noise_is_the_same_in_a_step_and_fresh_in_the_next():
+    layer = nn.Linear(16, 8)
+    method = smol_on(layer, noise_fraction=1.0)
+    method.on_step(0.0)
+    first = layer.weight.detach()
+    assert torch.equal(layer.weight, first)
+    torch.rand(5)
+    assert torch.equal(layer.weight, first)
+    method.on_step(0.1)
+    assert not torch.equal(layer.weight, first)
+
+
+def test_noise_differs_between_modules_and_seeds():
+    shape, device = torch.Size([100]), torch.device("cpu")
+    keys = [(0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 2, 0)]
+    drawn = [draw(shape, key, "uniform", device) for key in keys]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+    assert set(draw(shape, keys[0], "rademacher", device).tolist()) == {-1.0, 1.0}
+
+
+def test_rounding_displaces_no_weight_by_more_than_its_noise_where_precisions_round_up():
+    """S4, and with precisions rounded to the nearest by no more than sqrt(2) times."""
+    torch.manual_seed(0)
+    weight = torch.randn(50, 40).clamp(-1, 1)
+    limits = torch.empty(50, 40).uniform_(-4, 1)
+    sigma, wanted = torch.sigmoid(limits), precision(limits)
+    clipped = torch.minimum(torch.maximum(weight, -(2 - sigma)), 2 - sigma)
+    for bits, most in ((wanted.ceil(), 1.0), (wanted.round(), 2**0.5)):
+        value = nearest(clipped, bits.to(torch.uint8), torch.ones(1, 1))
+        assert ((value - clipped).abs() <= most * sigma + 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 400),
+    st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (1, 8), (3,)]),
+    st.floats(0, 1),
+    st.integers(0, 1000),
+)
+def test_equal_parts_meet_any_budget_to_within_one_step(count, allowed, fraction, seed):
+    target = allowed[0] + fraction * (allowed[-1] - allowed[0])
+    wanted = torch.empty(count).uniform_(1, 8, generator=torch.Generator().manual_seed(seed))
+    assigned = assign(wanted, torch.full((count,), 64.0), allowed, target)
+    assert set(assigned.tolist()) <= set(allowed)
+    step = max((b - a for a, b in zip(allowed, allowed[1:], strict=False)), default=0)
+    assert abs(float(assigned.double().mean()) - target) <= max(step / count, 1e-9)
+    order = wanted.argsort()
+    assert (assigned[order].int().diff() >= -step).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 100), min_size=150, max_size=400),
+    st.lists(st.integers(1000, 3000), max_size=5),
+    st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (2, 4, 8)]),
+    st.floats(0, 1),
+)
+def test_unequal_parts_meet_any_budget_within_the_tolerance(small, large, allowed, fraction):
+    sizes = torch.tensor([*large, *small], dtype=torch.float32)
+    target = allowed[0] + fraction * (allowed[-1] - allowed[0])
+    wanted = torch.empty(len(sizes)).uniform_(1, 8, generator=torch.Generator().manual_seed(len(small)))
+    assigned = assign(wanted, sizes, allowed, target)
+    assert abs(float((assigned * sizes).sum() / sizes.sum()) - target) <= 0.02
+
+
+def test_few_large_parts_meet_a_budget_that_only_a_trade_meets():
+    """Two bits for one part and four for the other is the only way to 3.2 here."""
+    sizes = torch.tensor([400.0, 600.0])
+    assert assign(torch.tensor([3.4, 3.1]), sizes, (2, 3, 4), 3.2).tolist() == [2, 4]
+
+
+def test_a_part_that_wants_more_bits_gets_more():
+    wanted = torch.tensor([1.2, 7.0, 3.4, 5.6])
+    assert assign(wanted, torch.ones(4), range(1, 9), 4.25).tolist() == [1, 7, 3, 6]
+    assert assign(wanted, torch.ones(4), range(1, 9), None).tolist() == [1, 7, 3, 6]
+    assert assign(wanted, torch.ones(4), (2, 4, 8), None).tolist() == [2, 8, 4, 4]
+
+
+def test_parts_without_weights_do_not_count():
+    assigned = assign(torch.tensor([2.0, 2.0, 8.0]), torch.tensor([5.0, 5.0, 0.0]), range(1, 9), 4.0)
+    assert assigned[:2].tolist() == [4, 4]
+
+
+def test_a_target_that_whole_parts_cannot_meet_is_refused_and_changes_nothing():
+    model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+    with pytest.raises(ValueError, match=r"2 parts .* cannot average 2.25 bits"):
+        SmolConfig(target_modules=["0", "1"], target_bits=2.25, granularity="tensor").build().attach(model)
+    assert not any(parametrize.is_parametrized(m) for m in model)
+
+
+def test_steering_moves_the_average_and_keeps_the_order():
+    limits = [torch.randn(30, 4) - 4, torch.randn(7, 1) - 5]
+    before = limits[0].clone()
+    sizes = [torch.tensor([[3.0, 3.0, 3.0, 1.0]]), torch.tensor([[200.0]])]
+    steer(limits, sizes, 4.0, 1, 8)
+    total = sum(float((n * precision(s)).sum()) for s, n in zip(limits, sizes, strict=True))
+    assert total / (30 * 10 + 1400) == pytest.approx(4.0, abs=1e-3)
+    moved = limits[0] - before
+    free = limits[0] > initial_limit(8)
+    torch.testing.assert_close(moved[free], moved[free][:1].expand(int(free.sum())))
+
+
+def test_a_tighter_penalty_where_gradients_are_large_keeps_more_bits():
+    """Curvatures 100 times apart differ by log2(10) bits at any budget, whatever Adam makes of their gradients."""
+    layer, method = quadratic("uniform", target_bits=4.0, initial_bits=4.0, noise_fraction=1.0)
+    curvature = torch.tensor([0.1, 0.1, 10.0, 10.0])
+    optimizer = torch.optim.Adam([method.noises[0].limits], lr=2e-2)
+    for step in range(600):
+        method.on_step(step / 600)
+        loss = (curvature[:, None] * layer.weight**2 / 2).mean(1).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        method.on_gradients()
+        optimizer.step()
+    bits = precision(method.noises[0].limits.detach()).reshape(-1)
+    assert float(bits.mean()) == pytest.approx(4.0, abs=0.02)
+    assert float(bits[2:].mean() - bits[:2].mean()) == pytest.approx(0.5 * math.log2(100), abs=0.15)
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 1), (5, 12), (5, 3), (1, 4)])
+def test_sums_over_parts_are_the_transpose_of_expansion(shape):
+    values, part = torch.randn(5, 12, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    left = (expand(part, values.shape) * values).sum()
+    torch.testing.assert_close((part * reduce(values, list(shape))).sum(), left)
+    sizes = governed(values.shape, list(shape)).expand(shape)
+    torch.testing.assert_close(sizes, reduce(torch.ones(5, 12), list(shape)))
+
+
+@pytest.mark.parametrize(("bits", "slack"), [(1, 0.001), (2, 0.001), (3, 0.01), (4, 0.01), (8, 0.2)])
+def test_the_fitted_scale_is_as_good_as_any_of_a_dense_search(bits, slack):
+    torch.manual_seed(0)
+    weight = torch.randn(4, 300) * torch.tensor([[0.01], [0.1], [1.0], [3.0]])
+    part = torch.full((1, 1), bits, dtype=torch.uint8)
+    fitted = fit_scale(weight, part, [4, 1])
+    error = ((nearest(weight, part, fitted) - weight) ** 2).sum(1)
+    top = weight.abs().amax(1, keepdim=True)
+    searched = torch.stack([
+        ((nearest(weight, part, top * f) - weight) ** 2).sum(1) for f in torch.linspace(0.05, 1.1, 1000).tolist()
+    ]).amin(0)  # fmt: skip
+    assert (error <= (1 + slack) * searched).all()
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 6),
+    "conv1d": lambda: Conv1D(6, 12),
+    "conv2d": lambda: nn.Conv2d(6, 4, 3, groups=2),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, 3),
+    "embedding": lambda: nn.Embedding(12, 6),
+}
+
+
+@pytest.mark.parametrize("granularity", ["weight", "group", "channel", "tensor"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_layer_ends_on_its_grid(kind, granularity):
+    torch.manual_seed(0)
+    layer = LAYERS[kind]()
+    method = smol_on(layer, target_bits=3.0, granularity=granularity, group_size=5)
+    for progress in (0.0, 0.4, 0.6):
+        method.on_step(progress)
+        layer.weight.square().sum().backward()
+    assert method.finalize() == ["0.weight"]
+    grid = method.grids["0.weight"]
+    assert type(layer) is type(LAYERS[kind]())
+    assert torch.equal(round_to_grid(layer.weight, grid), layer.weight)
+    out = {"conv1d": 6, "linear": 6, "conv2d": 4, "transposed": 4, "embedding": 12}[kind]
+    assert grid.scale.numel() == out
+    assert float(expand(grid.bits, layer.weight.shape).float().mean()) == pytest.approx(3.0, abs=0.02)
+
+
+def test_zeros_stay_zero_and_count_nothing():
+    layer = nn.Linear(64, 8, bias=False)
+    layer.weight.data[:, ::2] = 0
+    layer.weight.data[0] = 0
+    method = smol_on(layer, target_bits=2.5, granularity="weight")
+    assert (layer.weight[:, ::2] == 0).all()
+    method.settle()
+    assert method.metrics()["bits"] == pytest.approx(2.5, abs=0.02)
+    method.finalize()
+    grid = method.grids["0.weight"]
+    assert torch.equal(grid.bits == 0, layer.weight == 0)
+    assert float(grid.bits[layer.weight != 0].float().mean()) == pytest.approx(2.5, abs=0.02)
+
+
+def test_targets_by_pattern_are_met_one_by_one():
+    model = nn.ModuleDict({"a": nn.Linear(64, 16), "b": nn.Linear(64, 32)})
+    method = SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5, "b": 5.0}, group_size=4).build()
+    method.attach(model)
+    method.finalize()
+    means = {n: float(expand(g.bits, model.get_parameter(n).shape).float().mean()) for n, g in method.grids.items()}
+    assert means == {"a.weight": pytest.approx(2.5, abs=0.02), "b.weight": pytest.approx(5.0, abs=0.02)}
+    with pytest.raises(ValueError, match="target_bits has no pattern for 'b'"):
+        SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5}).build().attach(
+            nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_bits": 0.5}, "target_bits must be between 1 and 8"),
+        ({"target_bits": 3.0, "bits": (4, 8)}, "target_bits must be between 4 and 8"),
+        ({"target_bits": {}}, "no pattern"),
+        ({"bits": (4, 2)}, "rising whole numbers"),
+        ({"bits": (2, 16)}, "rising whole numbers"),
+        ({"granularity": "row"}, "granularity must be one of"),
+        ({"noise": "gaussian"}, "noise must be one of"),
+        ({"noise_fraction": 1.5}, "noise_fraction"),
+        ({"lr": float("nan")}, "lr must be"),
+        ({"group_size": 0}, "group_size"),
+    ],
+)
+def test_impossible_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SmolConfig(**options)
+
+
+class Record(TrainerCallback):
+    """Keeps the gradients of the limits at every step."""
+
+    def __init__(self, method, kept):
+        self.method, self.kept = method, kept
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.kept.append(torch.cat([p.limits.grad.reshape(-1).clone() for p in self.method.noises]))
+
+
+SMOL = SmolConfig(target_bits=3.0, group_size=16)
+
+
+@pytest.mark.parametrize("granularity", ["group", "weight"])
+@pytest.mark.parametrize("crash", [3, 6], ids=["noise", "rounded"])
+def test_a_crashed_run_resumes_to_the_same_weights(tmp_path, crash, granularity):
+    approx = SmolConfig(target_bits=3.0, group_size=16, granularity=granularity, activations=True)
+
+    def trainer(folder):
+        return make_trainer("bert", folder, approx=approx, save_strategy="steps", save_steps=1, bf16=True)
+
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    crashed = trainer(tmp_path / "crashed")
+    crashed.add_callback(CrashAt(crash + 1))
+    with pytest.raises(SimulatedCrashError):
+        crashed.train()
+    resumed = trainer(tmp_path / "crashed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / f"checkpoint-{crash}"))
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    assert resumed.approx_report == straight.approx_report
+    assert straight.approx_report["totals"]["bits"] == pytest.approx(3.0, abs=0.02)
+
+
+def run(folder, approx=SMOL, **options):
+    trainer = make_trainer("bert", folder, approx=approx, model=no_dropout(), **options)
+    trainer.train()
+    return trainer
+
+
+def test_gradient_checkpointing_sees_the_same_noise(tmp_path):
+    approx = SmolConfig(target_bits=3.0, group_size=16, noise_fraction=1.0, activations=True)
+    plain = run(tmp_path / "a", approx)
+    checkpointed = run(tmp_path / "b", approx, gradient_checkpointing=True)
+    assert_close_weights(plain, checkpointed, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_accumulation_equals_one_large_batch(tmp_path):
+    """The micro-batches of a step see the same noise, and the penalty is added once."""
+
+    def gradients(folder, **batching):
+        approx = SmolConfig(target_bits=None, penalty=1e-4, noise_fraction=1.0, lr=1e-3)
+        options = {"max_steps": 4, "weight_decay": 0.0, "optim": "sgd", **batching}
+        trainer = make_trainer("llama", folder, approx=approx, model=build("llama"), **options)
+        kept = []
+        trainer.add_callback(Record(trainer.methods[0], kept))
+        trainer.train()
+        return kept
+
+    whole = gradients(tmp_path / "a", per_device_train_batch_size=8)
+    parts = gradients(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_compiled_training_equals_eager(tmp_path):
+    eager = run(tmp_path / "a", max_steps=6)
+    compiled = run(tmp_path / "b", max_steps=6, torch_compile=True, torch_compile_backend="aot_eager")
+    assert_close_weights(eager, compiled, rtol=1e-3, atol=1e-4)
+
+
+def test_training_logs_and_reports_bits(tmp_path):
+    trainer = run(tmp_path)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    bits = [entry["smol/bits"] for entry in logged]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[0] > bits[-1] == pytest.approx(3.0, abs=0.02)
+    assert "smol/penalty" in logged[0]
+    report = trainer.approx_report["methods"][0]
+    assert sum(report["shares"].values()) == pytest.approx(1)
+    assert sum(int(p) * share for p, share in report["shares"].items()) == pytest.approx(report["bits"])
+    assert report["bits_with_metadata"] > report["bits"]
+    grids = trainer.methods[0].grids
+    model = dict(trainer.model.named_parameters())
+    assert all(torch.equal(round_to_grid(model[name], grid), model[name]) for name, grid in grids.items())
+
+
+def test_every_architecture_trains(tmp_path):
+    for name in ("gpt2", "vit", "t5", "resnet"):
+        model = build(name)
+        trainer = make_trainer(name, tmp_path / name, approx=SMOL, model=model, max_steps=3)
+        trainer.train()
+        assert trainer.approx_report["totals"]["bits"] == pytest.approx(3.0, abs=0.02)
