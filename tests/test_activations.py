@@ -65,8 +65,7 @@ def test_installing_again_replaces_and_removing_restores():
 
 
 def noisy(signed=True, bits=3.0, channels=1):
-    module = NoisyActivation(channels, signed, 4, bits, "uniform", 0, torch.device("cpu"))
-    return module
+    return NoisyActivation(channels, signed, 4, bits, "uniform", 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("signed", [True, False])

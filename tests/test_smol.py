@@ -1,11 +1,13 @@
 """SMOL: its equations against closed forms, the budget of bits, and training that is exact when repeated."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import TrainerCallback
@@ -18,7 +20,6 @@ from hf_approx.methods.precision import assign, initial_limit, precision, steer
 from hf_approx.methods.rounding import expand, fit_scale, governed, nearest, reduce
 from hf_approx.packing.grid import Grid, round_to_grid
 from models import build
-from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
 
 
 def smol_on(layer, **options):
@@ -206,7 +207,7 @@ def test_equal_parts_meet_any_budget_to_within_one_step(count, allowed, fraction
     wanted = torch.empty(count).uniform_(1, 8, generator=torch.Generator().manual_seed(seed))
     assigned = assign(wanted, torch.full((count,), 64.0), allowed, target)
     assert set(assigned.tolist()) <= set(allowed)
-    step = max((b - a for a, b in zip(allowed, allowed[1:], strict=False)), default=0)
+    step = max((b - a for a, b in pairwise(allowed)), default=0)
     assert abs(float(assigned.double().mean()) - target) <= max(step / count, 1e-9)
     order = wanted.argsort()
     assert (assigned[order].int().diff() >= -step).all()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_trainer import CrashAt, SimulatedCrashError
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -10,7 +11,6 @@ from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SmolConfig,
 from hf_approx import UniformQuantizationConfig as UniformConfig
 from hf_approx.packing.grid import expand, round_to_grid
 from models import build
-from test_trainer import CrashAt, SimulatedCrashError
 
 CS = SparsificationConfig(target_sparsity=0.8)
 SMOL = SmolConfig(target_bits=3.0, group_size=16)

@@ -1,11 +1,16 @@
 """Training the limits and precisions of what layers are given, for `SmolConfig(activations=True)`."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from hf_approx.methods.base import effective_weight
 from hf_approx.methods.noise import NoiseLaw, draw
 from hf_approx.methods.precision import initial_limit
-from hf_approx.modules.activation import ActivationQuantizer, quantized
+from hf_approx.modules.activation import ActivationQuantizer, install, quantized
+from hf_approx.structures import feature_dim
+from hf_approx.targets import Patterns, matches
 
 
 class NoisyActivation(ActivationQuantizer):
@@ -94,3 +99,44 @@ class NoisyActivation(ActivationQuantizer):
         quantizer.bits.copy_(self.bits)
         quantizer.limit.copy_(self.log_limit.detach().exp())
         return quantizer
+
+
+def install_noise(
+    modules: Mapping[str, nn.Module],
+    per_channel: bool,
+    unsigned: Patterns,
+    initial_bits: float,
+    law: NoiseLaw,
+    seed: int,
+) -> dict[str, NoisyActivation]:
+    """Make every module add noise to its input.
+
+    Args:
+        modules: By name.
+        per_channel: Whether each channel has a limit of its own.
+        unsigned: Modules whose inputs are never negative, in the notation of targets.
+        initial_bits: As of `NoisyActivation`.
+        law: As of `NoisyActivation`.
+        seed: As of `NoisyActivation`.
+
+    Raises:
+        ValueError: A module looks its input up; no module is changed then.
+    """
+    lookups = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+    if lookups:
+        raise ValueError(
+            f"SmolConfig: the inputs of '{lookups[0]}' are no numbers; exclude it, or set no activations."
+        )
+    installed = {}
+    for name, module in modules.items():
+        weight = effective_weight(module)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            features = module.in_channels
+        else:
+            features = weight.shape[feature_dim(module, "in")]
+        channels = features if per_channel else 1
+        signed = not matches(name, unsigned)
+        quantizer = NoisyActivation(channels, signed, features, initial_bits, law, seed, weight.device)
+        install(module, quantizer.train(module.training))
+        installed[name] = quantizer
+    return installed

@@ -74,9 +74,9 @@ class NoisyWeight(GridWeight):
         with torch.no_grad():
             bound = self.bound().to(weight.dtype)
             wide = expand(bound, weight.shape)
-            value = torch.minimum(torch.maximum(weight, -wide), wide)
+            value = weight.clamp(-wide, wide)
             if self.training:
                 size = joint_product(torch.sigmoid(self.limits), self.scale)
                 noise = self._draw(weight).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
-                value = value + noise.to(weight.dtype)
+                value.add_(noise.to(weight.dtype))
         return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, self.limits, True))

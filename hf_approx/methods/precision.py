@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 TOLERANCE = 0.02
 """How far the average of the assigned precisions may be from the budget, in bits."""
-SAMPLE = 1 << 18
+SAMPLE = 1 << 16
 """Limits that place the average during training; the final assignment counts all of them."""
 ALMOST_ONE = 5.0
 """The largest s: 1.01 bits, where its gradient has not vanished yet."""

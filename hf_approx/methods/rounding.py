@@ -115,11 +115,12 @@ class StraightThrough(torch.autograd.Function):
         wide = torch.promote_types(grad.dtype, torch.float32)
         of_scale = of_limits = None
         if ctx.needs_input_grad[3]:
-            of_scale = reduce((grad * (value - weight * inside)).to(wide), ctx.scale_shape).to(ctx.scale_dtype)
+            error = torch.sub(value, weight * inside).mul_(grad)
+            of_scale = reduce(error.to(wide), ctx.scale_shape).to(ctx.scale_dtype)
         if limits is not None and ctx.needs_input_grad[4]:
             if ctx.noisy:
-                error = value - torch.minimum(torch.maximum(weight, -bound), bound)
-                of_limits = reduce((grad * error).to(wide), limits.shape).to(limits.dtype) * torch.sigmoid(-limits)
+                error = torch.sub(value, weight.clamp(-bound, bound)).mul_(grad)
+                of_limits = reduce(error.to(wide), limits.shape).to(limits.dtype) * torch.sigmoid(-limits)
             else:
                 of_limits = torch.zeros_like(limits)
         return of_weight, None, None, of_scale, of_limits, None

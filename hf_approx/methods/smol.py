@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.activations import NoisyActivation
+from hf_approx.methods.activations import NoisyActivation, install_noise
 from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_weight
 from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
 from hf_approx.methods.noise import NoiseLaw, NoisyWeight
@@ -31,7 +31,6 @@ from hf_approx.methods.rounding import (
 )
 from hf_approx.modules.activation import install, uninstall
 from hf_approx.packing.grid import MAX_BITS, expand
-from hf_approx.structures import feature_dim
 from hf_approx.targets import Patterns, matches
 
 NOISE_FRACTION = 0.5
@@ -177,7 +176,15 @@ class Smol(Method):
         self._until = max(NOISE_FRACTION, boundary) if given is None else given
         super().attach(model, earlier)
         try:
-            self._install_activations()
+            if config.activations:
+                self.activations = install_noise(
+                    self.modules,
+                    per_channel=config.activation_granularity == "channel",
+                    unsigned=config.unsigned_activations,
+                    initial_bits=config.initial_bits,
+                    law=config.noise,
+                    seed=config.seed,
+                )
             self._plan()
         except ValueError:
             self.detach()
@@ -229,8 +236,8 @@ class Smol(Method):
             reached = nearest_average(flat, budget.allowed, budget.target)
             if abs(reached - budget.target) > TOLERANCE:
                 raise ValueError(
-                    f"SmolConfig: {parts} parts with precisions {tuple(budget.allowed)} cannot average {budget.target:g} bits, "
-                    f"only {reached:.3f}; choose a finer granularity or that target."
+                    f"SmolConfig: {parts} parts with precisions {tuple(budget.allowed)} cannot average "
+                    f"{budget.target:g} bits, only {reached:.3f}; choose a finer granularity or that target."
                 )
 
     def _groups(self) -> list[tuple[Sequence[int], float | None]]:
@@ -239,30 +246,6 @@ class Smol(Method):
         if target is None:
             return [(range(len(self.modules)), None)]
         return [(g.members, g.target) for g in plan(list(self.modules), target, "global", "target_bits")]
-
-    def _install_activations(self) -> None:
-        config = self._config
-        if not config.activations:
-            return
-        lookups = [name for name, module in self.modules.items() if isinstance(module, nn.Embedding)]
-        if lookups:
-            raise ValueError(f"SmolConfig: the inputs of '{lookups[0]}' are no numbers; exclude it, or activations.")
-        for name, module in self.modules.items():
-            weight = effective_weight(module)
-            features = weight.shape[feature_dim(module, "in")]
-            if isinstance(module, nn.modules.conv._ConvNd):
-                features = module.in_channels
-            quantizer = NoisyActivation(
-                features if config.activation_granularity == "channel" else 1,
-                not matches(name, config.unsigned_activations),
-                features,
-                config.initial_bits,
-                config.noise,
-                config.seed,
-                weight.device,
-            )
-            install(module, quantizer.train(module.training))
-            self.activations[name] = quantizer
 
     def detach(self) -> None:
         """As of `Method`; also leaves the inputs alone."""
@@ -294,7 +277,7 @@ class Smol(Method):
         for module, noise in zip(self.modules.values(), self.noises, strict=True):
             weight = trained_weight(module)
             bound = expand(noise.bound().to(weight.dtype), weight.shape)
-            torch.minimum(torch.maximum(weight, -bound), bound, out=weight)
+            weight.clamp_(-bound, bound)
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
