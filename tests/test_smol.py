@@ -267,7 +267,8 @@ def test_steering_moves_the_average_and_keeps_the_order():
 
 def test_a_tighter_penalty_where_gradients_are_large_keeps_more_bits():
     """Curvatures 100 times apart differ by log2(10) bits at any budget, whatever Adam makes of their gradients."""
-    layer, method = quadratic("uniform", target_bits=4.0, initial_bits=4.0, noise_fraction=1.0)
+    options = {"target_bits": 4.0, "initial_bits": 4.0, "noise_fraction": 1.0, "limit_init": "constant"}
+    layer, method = quadratic("uniform", **options)
     curvature = torch.tensor([0.1, 0.1, 10.0, 10.0])
     optimizer = torch.optim.Adam([method.noises[0].limits], lr=2e-2)
     for step in range(600):
@@ -280,6 +281,27 @@ def test_a_tighter_penalty_where_gradients_are_large_keeps_more_bits():
     bits = precision(method.noises[0].limits.detach()).reshape(-1)
     assert float(bits.mean()) == pytest.approx(4.0, abs=0.02)
     assert float(bits[2:].mean() - bits[:2].mean()) == pytest.approx(0.5 * math.log2(100), abs=0.15)
+
+
+@pytest.mark.parametrize("granularity", ["group", "channel", "weight"])
+def test_limits_start_where_squared_gradients_say(granularity):
+    """Gradients of rows four times apart, of the same scale, are two bits apart; they come to the assignment."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 4, bias=False)
+    method = smol_on(layer, target_bits=4.0, granularity=granularity, train_scale=False, lr=0.0, noise_fraction=1.0)
+    method.noises[0].log_scale.data.zero_()
+    size = torch.tensor([[1.0], [1.0], [4.0], [4.0]])
+    for step in range(100):
+        method.on_step(step / 200)
+        method.noises[0].limits.grad = None
+        (layer.weight * size * torch.randn(4, 512)).sum().backward()
+        method.on_gradients()
+    bits = precision(method.noises[0].limits.detach()).reshape(4, -1).mean(1)
+    assert float(bits[2:].mean() - bits[:2].mean()) == pytest.approx(2.0, abs=0.25)
+    method.finalize()
+    assigned = expand(method.grids["0.weight"].bits, layer.weight.shape).float()
+    assert float(assigned.mean()) == pytest.approx(4.0, abs=0.02)
+    assert float(assigned[2:].mean() - assigned[:2].mean()) == pytest.approx(2.0, abs=0.3)
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 1), (5, 12), (5, 3), (1, 4)])
@@ -369,6 +391,7 @@ def test_targets_by_pattern_are_met_one_by_one():
         ({"bits": (2, 16)}, "rising whole numbers"),
         ({"granularity": "row"}, "granularity must be one of"),
         ({"noise": "gaussian"}, "noise must be one of"),
+        ({"limit_init": "random"}, "limit_init must be one of"),
         ({"noise_fraction": 1.5}, "noise_fraction"),
         ({"lr": float("nan")}, "lr must be"),
         ({"group_size": 0}, "group_size"),

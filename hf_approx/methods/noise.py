@@ -28,6 +28,8 @@ class NoisyWeight(GridWeight):
 
     The clip range is scale * (2 - sigma(s)). There is no noise in eval mode, nor where the weight is exactly zero.
 
+    The buffer `curvature` is the method's to use.
+
     Args:
         parts: Shape of s; see `Grid`.
         scale: Initial scale of every part, positive.
@@ -36,6 +38,8 @@ class NoisyWeight(GridWeight):
         law: How the noise is distributed.
         seed: Of the noise.
     """
+
+    curvature: Tensor
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class NoisyWeight(GridWeight):
         bits = torch.full(parts, round(initial_bits), dtype=torch.uint8, device=scale.device)
         super().__init__(bits, scale, train_scale)
         self.limits = nn.Parameter(torch.full(parts, initial_limit(initial_bits), device=scale.device))
+        self.register_buffer("curvature", torch.zeros(parts, device=scale.device))
         self.law: NoiseLaw = law
         self.seed, self.index, self.step = seed, 0, 0
         self.frozen = False

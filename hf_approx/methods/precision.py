@@ -6,11 +6,13 @@ p = 1 + log2(1 + e^-s).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from hf_approx.packing.grid import MAX_BITS
 
 TOLERANCE = 0.02
 """How far the average of the assigned precisions may be from the budget, in bits."""
@@ -18,6 +20,8 @@ SAMPLE = 1 << 16
 """Limits that place the average during training; the final assignment counts all of them."""
 ALMOST_ONE = 5.0
 """The largest s: 1.01 bits, where its gradient has not vanished yet."""
+LEAST_EXTRA = math.log2(1 + math.exp(-ALMOST_ONE))
+"""Its precision, above 1."""
 
 
 MEMORY = 0.9
@@ -76,14 +80,15 @@ def _like(sizes: Tensor, limits: Tensor) -> Tensor:
 class Budget:
     """Limits that share an average, how many weights each governs, the average, and the allowed precisions.
 
-    `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the penalty would add to it
-    if its multiplier were one.
+    `curvature` has a running sum for each limit, or nothing: see `measure`. `pull` and `weight` are running means: of
+    the sum of the limits' gradients, and of what the penalty would add to it if its multiplier were one.
     """
 
     limits: list[nn.Parameter]
     sizes: list[Tensor]
     target: float | None
     allowed: Sequence[int]
+    curvature: list[Tensor] = field(default_factory=list)
     pull: float = 0.0
     weight: float = 0.0
 
@@ -109,6 +114,33 @@ class Budget:
         self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
         for s, slope in zip(self.limits, slopes, strict=True):
             cast(Tensor, s.grad).sub_(slope * self.multiplier)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Add to what is known of how sensitive the loss is to each limit: the mean squared gradient of its weights.
+
+        The gradient of a limit is a sum over its weights of gradient times independent noise, so its square says it.
+        """
+        for s, n, total in zip(self.limits, self.sizes, self.curvature, strict=True):
+            if s.grad is not None:
+                size = torch.sigmoid(s) * torch.sigmoid(-s)
+                total.add_((s.grad / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Move precisions apart by half the logarithm of the curvature: where they would come to rest.
+
+        The stationary point of one weight under noise and penalty is p = 1 + log2(H ln 2 / (3 lambda)) / 2, here with
+        the squared gradient for H.
+        """
+        logs = [torch.log2(total.clamp_min(torch.finfo(total.dtype).tiny)) / 2 for total in self.curvature]
+        known = torch.cat([log[total > 0] for log, total in zip(logs, self.curvature, strict=True)])
+        if known.numel() == 0:
+            return
+        middle = known.median()
+        for s, log in zip(self.limits, logs, strict=True):
+            bits = precision(s) + (log - middle).clamp(-MAX_BITS, MAX_BITS)
+            s.copy_(-torch.log(torch.exp2(bits.clamp(1 + LEAST_EXTRA, MAX_BITS) - 1) - 1))
 
     def average(self) -> float:
         """Average precision the limits stand for."""

@@ -35,6 +35,8 @@ from hf_approx.targets import Patterns, matches
 
 NOISE_FRACTION = 0.5
 """Default share of training with noise."""
+MEASURED = 0.25
+"""Share of the noise after which limits are moved apart by curvature."""
 MANY = 1 << 16
 """Parts enough to meet any target."""
 
@@ -71,6 +73,14 @@ class SmolConfig(MethodConfig):
         default="uniform", metadata={"help": "'uniform' in [-1, 1], or 'rademacher': the worst case, -1 or 1."}
     )
     initial_bits: float = field(default=8.0, metadata={"help": "Precision at the first step."})
+    limit_init: Literal["curvature", "constant"] = field(
+        default="curvature",
+        metadata={
+            "help": "With target bits. 'curvature': a quarter into the noise the limits are moved apart to where the "
+            "squared gradients seen so far say they would come to rest, for training too short for the limits to get "
+            "there. 'constant': they only learn, as in the paper."
+        },
+    )
     lr: float = field(default=1e-2, metadata={"help": "Adam's learning rate for the limits; the paper's is 1e-3."})
     scale_lr: float = field(default=1e-3, metadata={"help": "Adam's, for the logarithms of the scales."})
     penalty: float = field(default=1e-7, metadata={"help": "lambda, per bit of each weight; without target bits."})
@@ -118,6 +128,7 @@ class SmolConfig(MethodConfig):
         choices = {
             "granularity": ("weight", "group", "channel", "tensor"),
             "scale_granularity": ("group", "channel", "tensor"),
+            "limit_init": ("curvature", "constant"),
             "noise": ("uniform", "rademacher"),
             "activation_granularity": ("tensor", "channel"),
         }
@@ -149,6 +160,7 @@ class Smol(Method):
         self._until = config.noise_fraction or 0.0
         self._settled = False
         self._step = 0
+        self._spread = False
         self.activations: dict[str, NoisyActivation] = {}
         self.budgets: list[Budget] = []
 
@@ -222,7 +234,8 @@ class Smol(Method):
         sizes = [governed(shape, p.bits.shape).to(p.bits.device) for shape, p in zip(shapes, noises, strict=True)]
         for members, target in self._groups():
             limits = [noises[i].limits for i in members]
-            self.budgets.append(Budget(limits, [sizes[i] for i in members], target, config.bits))
+            curvature = [noises[i].curvature for i in members] if config.limit_init == "curvature" else []
+            self.budgets.append(Budget(limits, [sizes[i] for i in members], target, config.bits, curvature))
         if self.activations:
             quantizers = list(self.activations.values())
             sizes = [torch.full((1,), q.governs, device=q.limits.device) for q in quantizers]
@@ -288,6 +301,11 @@ class Smol(Method):
             quantizer.observing = self._step <= 1
 
     def _steer(self, fraction: float) -> None:
+        if fraction >= MEASURED and not self._spread:
+            self._spread = True
+            for budget in self.budgets:
+                if budget.target is not None and budget.curvature:
+                    budget.spread()
         for budget in self.budgets:
             if budget.target is not None:
                 start = max(self._config.initial_bits, budget.target)
@@ -300,6 +318,8 @@ class Smol(Method):
             return
         for budget in self.budgets:
             if budget.target is not None:
+                if budget.curvature and not self._spread:
+                    budget.measure()
                 budget.balance()
 
     def penalty(self) -> Tensor | None:
@@ -393,11 +413,11 @@ class Smol(Method):
     def state_dict(self) -> dict[str, Any]:
         """The phase, the step, and the running means; limits, scales and precisions are in the model."""
         means = [[budget.pull, budget.weight] for budget in self.budgets]
-        return {"settled": self._settled, "step": self._step, "means": means}
+        return {"settled": self._settled, "spread": self._spread, "step": self._step, "means": means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._settled, self._step = state["settled"], state["step"]
+        self._settled, self._spread, self._step = state["settled"], state["spread"], state["step"]
         for budget, (pull, weight) in zip(self.budgets, state["means"], strict=True):
             budget.pull, budget.weight = pull, weight
         self._tell()
