@@ -18,6 +18,8 @@ TOLERANCE = 0.02
 """How far the average of the assigned precisions may be from the budget, in bits."""
 SAMPLE = 1 << 16
 """Limits that place the average during training; the final assignment counts all of them."""
+MANY = 1 << 16
+"""Parts enough to meet any target."""
 ALMOST_ONE = 5.0
 """The largest s: 1.01 bits, where its gradient has not vanished yet."""
 LEAST_EXTRA = math.log2(1 + math.exp(-ALMOST_ONE))
@@ -78,19 +80,44 @@ def _like(sizes: Tensor, limits: Tensor) -> Tensor:
 
 @dataclass
 class Budget:
-    """Limits that share an average, how many weights each governs, the average, and the allowed precisions.
+    """Limits that share an average, and the buffers for the precisions that will be assigned to them.
 
-    `curvature` has a running sum for each limit, or nothing: see `measure`. `pull` and `weight` are running means: of
-    the sum of the limits' gradients, and of what the penalty would add to it if its multiplier were one.
+    `sizes` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed` are
+    the precisions. `curvature` has a running sum for each limit, or nothing: see `measure`. `pull` and `weight` are
+    running means: of the sum of the limits' gradients, and of what the penalty would add to it if lambda were one.
     """
 
     limits: list[nn.Parameter]
+    bits: list[Tensor]
     sizes: list[Tensor]
     target: float | None
     allowed: Sequence[int]
     curvature: list[Tensor] = field(default_factory=list)
     pull: float = 0.0
     weight: float = 0.0
+
+    def check(self) -> None:
+        """Raise `ValueError` if whole parts cannot meet the target."""
+        parts = sum(s.numel() for s in self.limits)
+        if self.target is None or parts > MANY:
+            return
+        sizes = torch.cat([_like(n, s) for s, n in zip(self.limits, self.sizes, strict=True)])
+        assigned = assign(torch.full_like(sizes, self.target), sizes, self.allowed, self.target)
+        reached = float((assigned * sizes).sum() / sizes.sum())
+        if abs(reached - self.target) > TOLERANCE:
+            raise ValueError(
+                f"SmolConfig: {parts} parts with precisions {tuple(self.allowed)} cannot average {self.target:g} "
+                f"bits, only {reached:.3f}; choose a finer granularity or that target."
+            )
+
+    @torch.no_grad()
+    def choose(self, sizes: Sequence[Tensor]) -> None:
+        """Assign precisions, counting these sizes."""
+        wanted = torch.cat([precision(s).reshape(-1).cpu() for s in self.limits])
+        counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
+        assigned = assign(wanted, counts, self.allowed, self.target)
+        for buffer, part in zip(self.bits, assigned.split([s.numel() for s in self.limits]), strict=True):
+            buffer.copy_(part.reshape(buffer.shape))
 
     @property
     def multiplier(self) -> float:
@@ -159,20 +186,6 @@ class Budget:
             (nn.functional.softplus(-s) * n).sum() / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
-
-
-def choose(
-    limits: Sequence[Tensor],
-    bits: Sequence[Tensor],
-    sizes: Sequence[Tensor],
-    allowed: Sequence[int],
-    target: float | None,
-) -> None:
-    """Set `bits` to the precisions that `assign` gives the limits."""
-    wanted = torch.cat([precision(s).reshape(-1).cpu() for s in limits])
-    assigned = assign(wanted, torch.cat([n.reshape(-1).cpu() for n in sizes]), allowed, target)
-    for buffer, part in zip(bits, assigned.split([s.numel() for s in limits]), strict=True):
-        buffer.copy_(part.reshape(buffer.shape))
 
 
 def round_precision(wanted: Tensor, allowed: Sequence[int]) -> Tensor:
@@ -256,12 +269,6 @@ def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: f
         for part, change in changes:
             choice[part] += change
         left -= float((levels[choice] * sizes).sum()) - before
-
-
-def nearest_average(sizes: Tensor, allowed: Sequence[int], target: float) -> float:
-    """The average that `assign` reaches where no part is wanted more than another."""
-    assigned = assign(torch.full(sizes.shape, target, dtype=torch.float64), sizes, allowed, target)
-    return float((assigned * sizes.double()).sum() / sizes.double().sum())
 
 
 def map_entropy(bits: Tensor) -> float:

@@ -19,7 +19,7 @@ from hf_approx.methods.activations import NoisyActivation, install_noise
 from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_weight
 from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
 from hf_approx.methods.noise import NoiseLaw, NoisyWeight
-from hf_approx.methods.precision import TOLERANCE, Budget, choose, map_entropy, nearest_average, precision, steer
+from hf_approx.methods.precision import Budget, map_entropy, precision, steer
 from hf_approx.methods.rounding import (
     SCALE_DTYPE,
     PartGranularity,
@@ -37,8 +37,6 @@ NOISE_FRACTION = 0.5
 """Default share of training with noise."""
 MEASURED = 0.25
 """Share of the noise after which limits are moved apart by curvature."""
-MANY = 1 << 16
-"""Parts enough to meet any target."""
 
 
 @dataclass
@@ -225,7 +223,7 @@ class Smol(Method):
         return target
 
     def _plan(self) -> None:
-        """Group the limits by their targets, and refuse targets that whole parts cannot meet."""
+        """Group the limits by their targets; raises `ValueError` for targets that whole parts cannot meet."""
         config, noises = self._config, self.noises
         makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
         for index, maker in enumerate(makers):
@@ -235,23 +233,16 @@ class Smol(Method):
         for members, target in self._groups():
             limits = [noises[i].limits for i in members]
             curvature = [noises[i].curvature for i in members] if config.limit_init == "curvature" else []
-            self.budgets.append(Budget(limits, [sizes[i] for i in members], target, config.bits, curvature))
+            bits = [noises[i].bits for i in members]
+            self.budgets.append(Budget(limits, bits, [sizes[i] for i in members], target, config.bits, curvature))
         if self.activations:
             quantizers = list(self.activations.values())
             sizes = [torch.full((1,), q.governs, device=q.limits.device) for q in quantizers]
             allowed = range(1, MAX_BITS + 1)
-            self.budgets.append(Budget([q.limits for q in quantizers], sizes, config.activation_bits, allowed))
+            limits, bits = [q.limits for q in quantizers], [q.bits for q in quantizers]
+            self.budgets.append(Budget(limits, bits, sizes, config.activation_bits, allowed))
         for budget in self.budgets:
-            parts = sum(s.numel() for s in budget.limits)
-            if budget.target is None or parts > MANY:
-                continue
-            flat = torch.cat([n.expand_as(s).reshape(-1) for s, n in zip(budget.limits, budget.sizes, strict=True)])
-            reached = nearest_average(flat, budget.allowed, budget.target)
-            if abs(reached - budget.target) > TOLERANCE:
-                raise ValueError(
-                    f"SmolConfig: {parts} parts with precisions {tuple(budget.allowed)} cannot average "
-                    f"{budget.target:g} bits, only {reached:.3f}; choose a finer granularity or that target."
-                )
+            budget.check()
 
     def _groups(self) -> list[tuple[Sequence[int], float | None]]:
         """Which modules share a target, and that target."""
@@ -334,19 +325,15 @@ class Smol(Method):
         """Assign precisions, within the budget if there is one, and fit the scales to them."""
         if self._settled:
             return
-        noises, config = self.noises, self._config
+        noises = self.noises
         incoming = [incoming_weight(m, p) for m, p in zip(self.modules.values(), noises, strict=True)]
         kept = [reduce((w != 0).float(), p.bits.shape) for w, p in zip(incoming, noises, strict=True)]
-        for members, target in self._groups():
-            choose([noises[i].limits for i in members], [noises[i].bits for i in members],
-                   [kept[i] for i in members], config.bits, target)  # fmt: skip
+        for budget, (members, _) in zip(self.budgets, self._groups(), strict=False):
+            budget.choose([kept[i] for i in members])
         for weight, noise in zip(incoming, noises, strict=True):
             noise.log_scale.copy_(fit_scale(weight, noise.bits, noise.log_scale.shape).log())
         if self.activations:
-            quantizers = list(self.activations.values())
-            sizes = [torch.full_like(q.limits, q.governs) for q in quantizers]
-            choose([q.limits for q in quantizers], [q.bits for q in quantizers], sizes, range(1, MAX_BITS + 1),
-                   config.activation_bits)  # fmt: skip
+            self.budgets[-1].choose(self.budgets[-1].sizes)
         self._settled = True
         self._tell()
 
