@@ -31,6 +31,7 @@ class NoisyActivation(ActivationQuantizer):
     """
 
     largest: Tensor
+    curvature: Tensor
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class NoisyActivation(ActivationQuantizer):
         self.limits = nn.Parameter(torch.full((channels,), initial_limit(initial_bits)))
         self.governs = features / channels
         self.register_buffer("largest", torch.zeros(channels))
+        self.register_buffer("curvature", torch.zeros(channels))
         self.law: NoiseLaw = law
         self.seed, self.index, self.step = seed, 0, 0
         self.observing, self.frozen = True, False

@@ -6,8 +6,8 @@ p = 1 + log2(1 + e^-s).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,23 +78,39 @@ def _like(sizes: Tensor, limits: Tensor) -> Tensor:
     return sizes.expand_as(limits).reshape(-1)
 
 
+class Limited(Protocol):
+    """A module with noise: its limits, the buffer of their precisions, and that of what `Budget.measure` knows."""
+
+    limits: nn.Parameter
+    bits: Tensor
+    curvature: Tensor
+
+
 @dataclass
 class Budget:
-    """Limits that share an average, and the buffers for the precisions that will be assigned to them.
+    """Noises whose precisions share an average.
 
-    `sizes` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed` are
-    the precisions. `curvature` has a running sum for each limit, or nothing: see `measure`. `pull` and `weight` are
-    running means: of the sum of the limits' gradients, and of what the penalty would add to it if lambda were one.
+    `governs` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed`
+    are the precisions. `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the
+    penalty would add to it if lambda were one.
     """
 
-    limits: list[nn.Parameter]
-    bits: list[Tensor]
-    sizes: list[Tensor]
+    noises: Sequence[Limited]
+    governs: list[Tensor]
     target: float | None
     allowed: Sequence[int]
-    curvature: list[Tensor] = field(default_factory=list)
     pull: float = 0.0
     weight: float = 0.0
+
+    @property
+    def limits(self) -> list[nn.Parameter]:
+        """The limits of all."""
+        return [noise.limits for noise in self.noises]
+
+    @property
+    def sizes(self) -> list[Tensor]:
+        """`governs`, where the limits are."""
+        return [n.to(noise.limits.device) for n, noise in zip(self.governs, self.noises, strict=True)]
 
     def check(self) -> None:
         """Raise `ValueError` if whole parts cannot meet the target."""
@@ -116,8 +132,8 @@ class Budget:
         wanted = torch.cat([precision(s).reshape(-1).cpu() for s in self.limits])
         counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
         assigned = assign(wanted, counts, self.allowed, self.target)
-        for buffer, part in zip(self.bits, assigned.split([s.numel() for s in self.limits]), strict=True):
-            buffer.copy_(part.reshape(buffer.shape))
+        for noise, part in zip(self.noises, assigned.split([s.numel() for s in self.limits]), strict=True):
+            noise.bits.copy_(part.reshape(noise.bits.shape))
 
     @property
     def multiplier(self) -> float:
@@ -148,10 +164,11 @@ class Budget:
 
         The gradient of a limit is a sum over its weights of gradient times independent noise, so its square says it.
         """
-        for s, n, total in zip(self.limits, self.sizes, self.curvature, strict=True):
+        for noise, n in zip(self.noises, self.sizes, strict=True):
+            s = noise.limits
             if s.grad is not None:
                 size = torch.sigmoid(s) * torch.sigmoid(-s)
-                total.add_((s.grad / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+                noise.curvature.add_((s.grad / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
 
     @torch.no_grad()
     def spread(self) -> None:
@@ -160,8 +177,9 @@ class Budget:
         The stationary point of one weight under noise and penalty is p = 1 + log2(H ln 2 / (3 lambda)) / 2, here with
         the squared gradient for H.
         """
-        logs = [torch.log2(total.clamp_min(torch.finfo(total.dtype).tiny)) / 2 for total in self.curvature]
-        known = torch.cat([log[total > 0] for log, total in zip(logs, self.curvature, strict=True)])
+        curvature = [noise.curvature for noise in self.noises]
+        logs = [torch.log2(total.clamp_min(torch.finfo(total.dtype).tiny)) / 2 for total in curvature]
+        known = torch.cat([log[total > 0] for log, total in zip(logs, curvature, strict=True)])
         if known.numel() == 0:
             return
         middle = known.median()
@@ -173,10 +191,10 @@ class Budget:
         """Average precision the limits stand for."""
         with torch.no_grad():
             bits = sum(float((precision(s) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
-        return bits / self.governs
+        return bits / self.total
 
     @property
-    def governs(self) -> float:
+    def total(self) -> float:
         """How many weights all limits govern."""
         return sum(float(n.expand_as(s).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
 

@@ -229,18 +229,15 @@ class Smol(Method):
         for index, maker in enumerate(makers):
             maker.index = index
         shapes = [effective_weight(module).shape for module in self.modules.values()]
-        sizes = [governed(shape, p.bits.shape).to(p.bits.device) for shape, p in zip(shapes, noises, strict=True)]
+        sizes = [governed(shape, p.bits.shape) for shape, p in zip(shapes, noises, strict=True)]
         for members, target in self._groups():
-            limits = [noises[i].limits for i in members]
-            curvature = [noises[i].curvature for i in members] if config.limit_init == "curvature" else []
-            bits = [noises[i].bits for i in members]
-            self.budgets.append(Budget(limits, bits, [sizes[i] for i in members], target, config.bits, curvature))
+            budget = Budget([noises[i] for i in members], [sizes[i] for i in members], target, config.bits)
+            self.budgets.append(budget)
         if self.activations:
             quantizers = list(self.activations.values())
-            sizes = [torch.full((1,), q.governs, device=q.limits.device) for q in quantizers]
+            sizes = [torch.full((1,), q.governs) for q in quantizers]
             allowed = range(1, MAX_BITS + 1)
-            limits, bits = [q.limits for q in quantizers], [q.bits for q in quantizers]
-            self.budgets.append(Budget(limits, bits, sizes, config.activation_bits, allowed))
+            self.budgets.append(Budget(quantizers, sizes, config.activation_bits, allowed))
         for budget in self.budgets:
             budget.check()
 
@@ -295,7 +292,7 @@ class Smol(Method):
         if fraction >= MEASURED and not self._spread:
             self._spread = True
             for budget in self.budgets:
-                if budget.target is not None and budget.curvature:
+                if budget.target is not None and self._config.limit_init == "curvature":
                     budget.spread()
         for budget in self.budgets:
             if budget.target is not None:
@@ -309,7 +306,7 @@ class Smol(Method):
             return
         for budget in self.budgets:
             if budget.target is not None:
-                if budget.curvature and not self._spread:
+                if self._config.limit_init == "curvature" and not self._spread:
                     budget.measure()
                 budget.balance()
 
@@ -365,7 +362,7 @@ class Smol(Method):
             sizes, bits = self._kept()
             average = float((sizes * bits).sum() / sizes.sum().clamp_min(1))
         else:
-            average = sum(b.average() * b.governs for b in weights) / sum(b.governs for b in weights)
+            average = sum(b.average() * b.total for b in weights) / sum(b.total for b in weights)
         solved = weights[0].target is not None
         numbers = {"bits": average, "penalty": weights[0].multiplier if solved else self._config.penalty}
         if self.activations:
