@@ -2,7 +2,13 @@
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.loops import TicketConfig
-from hf_approx.methods import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
+from hf_approx.methods import (
+    MagnitudePruningConfig,
+    MovementPruningConfig,
+    SmolConfig,
+    SparsificationConfig,
+    UniformQuantizationConfig,
+)
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
 from hf_approx.ticket_trainer import TicketTrainer
@@ -20,9 +26,11 @@ __all__ = [
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",
+    "SmolConfig",
     "SparsificationConfig",
     "TicketConfig",
     "TicketTrainer",
+    "UniformQuantizationConfig",
     "attach_packing",
     "keep_zeros",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_approx.methods import Method
+from hf_approx.packing import Grid, expand
 
 
 def kind_of(name: str) -> str:
@@ -40,25 +41,56 @@ class Recorder:
         return metrics
 
 
-def describe_layers(params: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Any]:
-    """Sparsity of every compressed weight, and of each kind of layer.
+def average_bits(params: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> float:
+    """Bits a weight that is not zero, over all weights that have a grid."""
+    kept = {name: params[name].detach() != 0 for name in grids}
+    bits = sum(int(expand(grids[name].bits.to(mask.device), mask.shape)[mask].sum()) for name, mask in kept.items())
+    return bits / max(sum(int(mask.sum()) for mask in kept.values()), 1)
+
+
+def describe_layers(
+    params: Mapping[str, Tensor], names: Sequence[str], grids: Mapping[str, Grid] | None = None
+) -> dict[str, Any]:
+    """Sparsity and bits of every compressed weight, and of each kind of layer.
 
     Args:
         params: Final weights, by name.
         names: Those that were compressed.
+        grids: Of those that were quantized.
 
     Returns:
-        `layers`: `name`, `kind`, `shape` and `sparsity` of each; `kinds`: `weights` and `sparsity` of each.
+        `layers`: `name`, `kind`, `shape` and `sparsity` of each; `kinds`: `weights` and `sparsity` of each. Both have
+        `bits`, the average over weights that are not zero, where a weight is quantized.
     """
     layers = []
     kinds: dict[str, tuple[int, int]] = {}
     for name in names:
         weight, kind = params[name], kind_of(name)
         zeros = weight.numel() - int(weight.count_nonzero())
-        layers.append({"name": name, "kind": kind, "shape": list(weight.shape), "sparsity": zeros / weight.numel()})
+        layers.append(
+            {
+                "name": name,
+                "kind": kind,
+                "shape": list(weight.shape),
+                "sparsity": zeros / weight.numel(),
+                **_bits(params, [name], grids or {}),
+            }
+        )
         total, gone = kinds.get(kind, (0, 0))
         kinds[kind] = (total + weight.numel(), gone + zeros)
     return {
         "layers": layers,
-        "kinds": {kind: {"weights": total, "sparsity": gone / total} for kind, (total, gone) in kinds.items()},
+        "kinds": {
+            kind: {
+                "weights": total,
+                "sparsity": gone / total,
+                **_bits(params, [name for name in names if kind_of(name) == kind], grids or {}),
+            }
+            for kind, (total, gone) in kinds.items()
+        },
     }
+
+
+def _bits(params: Mapping[str, Tensor], names: Sequence[str], grids: Mapping[str, Grid]) -> dict[str, float]:
+    own = {name: grids[name] for name in names if name in grids}
+    return {"bits": average_bits(params, own)} if own else {}

@@ -56,7 +56,8 @@ def select_modules(
             chosen = isinstance(module, DEFAULT_TYPES) and module is not head and _in_block(model, name)
         else:
             chosen = matches(name, target_modules)
-        if not chosen or matches(name, exclude):
+        # A method's own modules are no targets of the next one.
+        if not chosen or matches(name, exclude) or "parametrizations" in name.split("."):
             continue
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or not weight.is_floating_point():

@@ -27,8 +27,9 @@ from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import TensorSpec, dtype_from_name
+from hf_approx.packing.grid import Grid
 from hf_approx.plots import plot_layers
-from hf_approx.report import Recorder, describe_layers
+from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.report_plots import has_history, plot_training
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ class _Schedule(TrainerCallback):
         progress = state.global_step / max(state.max_steps - 1, 1)
         for method in self.methods:
             method.on_step(progress)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for method in self.methods:
+            method.on_gradients()
 
 
 class ApproxTrainerMixin:
@@ -85,6 +92,7 @@ class ApproxTrainerMixin:
         self.approx_report: dict[str, Any] = {}
         self._finalized = not self.methods
         self._repack: list[str] = []
+        self._grids: dict[str, Grid] = {}
         self._avagrad = optimizer
         if optimizer is not None:
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
@@ -94,7 +102,7 @@ class ApproxTrainerMixin:
         attached: list[Method] = []
         try:
             for method in self.methods:
-                method.attach(self._plain_model)
+                method.attach(self._plain_model, attached)
                 attached.append(method)
         except ValueError:
             for method in reversed(attached):
@@ -133,6 +141,7 @@ class ApproxTrainerMixin:
             self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
             if config.runtime == "packed":
                 raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
+            self._grids = dict(quantizer.grids)
             quantizer.remove_quantization_config(model)
 
     @property
@@ -228,15 +237,14 @@ class ApproxTrainerMixin:
             reports = {label: method.report() for label, method in self._recorder.methods.items()}
             self.approx_report["methods"] = [{"label": label, **report} for label, report in reports.items()]
             self.approx_report["history"] = self._recorder.history
-            names += [name for method in self.methods for name in method.bake()]
+            names += [name for method in reversed(self.methods) for name in method.bake()]
             for method in sorted(self.methods, key=lambda method: method.renames):
                 names = method.remove(names)
             self._finalized = True
         names = list(dict.fromkeys(names))
         self.approx_report["totals"] = self._pack(names)
-        self.approx_report.update(
-            describe_layers(dict(self._plain_model.named_parameters(remove_duplicate=False)), names)
-        )
+        params = dict(self._plain_model.named_parameters(remove_duplicate=False))
+        self.approx_report.update(describe_layers(params, names, self._all_grids()))
         self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
         # The optimizer and the wrapped model hold parameters that are gone.
@@ -252,13 +260,14 @@ class ApproxTrainerMixin:
         total = sum(params[name].numel() for name in names) + removed
         width = params[names[0]].element_size()
         specs: dict[str, TensorSpec] = {}
+        grids = self._all_grids()
         if isinstance(model, PreTrainedModel):
             try:
-                specs = attach_packing(model, names, self.store_dtype)
+                specs = attach_packing(model, names, self.store_dtype, grids)
             except ValueError as error:
                 logger.warning("%s Storing every weight in its own dtype instead.", error)
                 self.store_dtype = None
-                specs = attach_packing(model, names, None)
+                specs = attach_packing(model, names, None, grids)
         else:
             logger.warning("The model is no PreTrainedModel: its zeros are real, but it will be saved dense.")
         halved = self.store_dtype is not None and hasattr(getattr(model, "config", None), "quantization_config")
@@ -266,9 +275,14 @@ class ApproxTrainerMixin:
         kept = sum(int(params[name].count_nonzero()) for name in names)
         return {
             "sparsity": 1 - kept / total,
+            **({"bits": average_bits(params, grids)} if grids else {}),
             "dense_bytes": total * width,
             "packed_bytes": sum(specs[n].nbytes if n in specs else params[n].numel() * stored for n in names),
         }
+
+    def _all_grids(self) -> dict[str, Grid]:
+        """Of the methods and, where they have none, of the packed model that training started from."""
+        return {**self._grids, **{name: grid for method in self.methods for name, grid in method.grids.items()}}
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""

@@ -79,6 +79,15 @@ def test_both_processes_remove_the_same_layer(tmp_path):
     assert_same_weights(weights(loaded), ranks[0])
 
 
+def test_both_processes_end_with_the_same_precisions(tmp_path):
+    train(tmp_path, 2, "smol")
+    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
+    assert_same_weights(*ranks)
+    reports = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    assert reports[0] == reports[1]
+    assert reports[0]["totals"]["bits"] == pytest.approx(3.0, abs=0.02)
+
+
 def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
     launch(
         ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],

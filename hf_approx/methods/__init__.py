@@ -3,12 +3,16 @@
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
+from hf_approx.methods.smol import Smol, SmolConfig
 from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
+from hf_approx.methods.uniform import UniformQuantization, UniformQuantizationConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
     "movement": MovementPruningConfig,
+    "smol": SmolConfig,
+    "uniform": UniformQuantizationConfig,
 }
 """Config classes by the name a recipe or the command line uses."""
 
@@ -21,5 +25,9 @@ __all__ = [
     "MethodConfig",
     "MovementPruning",
     "MovementPruningConfig",
+    "Smol",
+    "SmolConfig",
     "SparsificationConfig",
+    "UniformQuantization",
+    "UniformQuantizationConfig",
 ]

@@ -1,6 +1,7 @@
 """What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, select_modules
 
 HISTOGRAM_BINS = 20
@@ -41,23 +43,41 @@ class MethodConfig(ABC):
 class Method(ABC):
     """A method at work on one model. It knows no trainer: any loop can drive it.
 
-    Call `attach`, then before optimizer step k of K `on_step(k / (K - 1))`, add `penalty()` to the loss, and
-    after the last step `finalize`.
+    Call `attach`, then before optimizer step k of K `on_step(k / (K - 1))`, add `penalty()` to the loss, call
+    `on_gradients()` once they are complete, and after the last step `finalize`.
+
+    Methods stack: each works on the weight that those attached before it compute, one at most of which sparsifies and
+    the last of which may quantize. They bake in reverse order: the last bakes its whole stack, so all must be settled.
     """
 
     name: str
+    quantizes = False
+    """Whether the method puts weights on a grid; the others remove some."""
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parametrizations: dict[str, nn.Module] = {}
         self.removed = 0
+        self.grids: dict[str, Grid] = {}
 
-    def attach(self, model: nn.Module) -> None:
-        """Parametrize the target weights. The model is unchanged if this raises."""
+    def attach(self, model: nn.Module, earlier: Sequence["Method"] = ()) -> None:
+        """Parametrize the target weights. The model is unchanged if this raises.
+
+        Args:
+            model: To work on.
+            earlier: Methods that were attached to the model before, in their order.
+
+        Raises:
+            ValueError: The config does not fit the model, or the methods do not stack.
+        """
+        resizing = [method.name for method in earlier if method.resizes]
+        if self.quantizes and resizing:
+            raise ValueError(
+                f"{resizing[0]} removes whole units at the end; quantize the smaller model in another run."
+            )
         selected = self.select(model)
-        taken = [name for name, module in selected.items() if parametrize.is_parametrized(module, "weight")]
-        if taken:
-            raise ValueError(f"'{taken[0]}' is already parametrized by another method.")
+        for name, module in selected.items():
+            self._check_stack(name, module, earlier)
         self.check(list(selected))
         self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
@@ -67,6 +87,19 @@ class Method(ABC):
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to work on, by name."""
         return select_modules(model, self.config.target_modules, self.config.exclude)
+
+    def _check_stack(self, name: str, module: nn.Module, earlier: Sequence["Method"]) -> None:
+        if not parametrize.is_parametrized(module, "weight"):
+            return
+        below = [method for method in earlier if method.modules.get(name) is module]
+        if len(below) != len(parametrizations(module)):
+            raise ValueError(f"'{name}' is already parametrized by another method.")
+        if below[-1].quantizes:
+            raise ValueError(f"'{name}' is already quantized by {below[-1].name}; quantize once, as the last method.")
+        if not self.quantizes:
+            raise ValueError(
+                f"'{name}' is already sparsified by {below[-1].name}; give each method targets of its own."
+            )
 
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless the config fits the selected modules."""
@@ -106,6 +139,9 @@ class Method(ABC):
         """
         return False
 
+    def on_gradients(self) -> None:
+        """Complete the gradients of a step, before the optimizer uses them."""
+
     def penalty(self) -> Tensor | None:
         """Scalar to add to the loss of a batch, or None."""
         return None
@@ -119,6 +155,16 @@ class Method(ABC):
     def is_final(self) -> bool:
         """Whether the compressed structure is settled: a model is only "best" from here on."""
 
+    @property
+    def resizes(self) -> bool:
+        """Whether `remove` changes the shapes of weights."""
+        return False
+
+    @property
+    def settles_at(self) -> float:
+        """The progress at which the compressed structure is settled."""
+        return 0.0
+
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log."""
@@ -128,8 +174,12 @@ class Method(ABC):
         """Fix the compressed structure now, whatever the schedule says."""
 
     def detach(self) -> None:
-        """Take the method off again: every weight is what the optimizer trained, unmasked."""
-        for module in self.modules.values():
+        """Take the method off again; without any other, every weight is what the optimizer trained, unmasked."""
+        for name, module in self.modules.items():
+            stack = parametrizations(module)
+            if len(stack) > 1:
+                del stack[list(stack).index(self.parametrizations[name])]
+                continue
             weight = trained_weight(module).clone()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             module.get_parameter("weight").data.copy_(weight)
@@ -164,6 +214,8 @@ class Method(ABC):
         if not self.is_final:
             self.settle()
         for module in self.modules.values():
+            if not parametrize.is_parametrized(module, "weight"):
+                continue  # baked by a later method of the stack
             with torch.no_grad():
                 weight = effective_weight(module).clone()
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
@@ -187,6 +239,22 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
+
+
+def parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
+    """What turns the trained weight of a module into the one it computes with, in order."""
+    return cast(parametrize.ParametrizationList, module.get_submodule("parametrizations.weight"))
+
+
+def incoming_weight(module: nn.Module, parametrization: nn.Module) -> Tensor:
+    """The weight that one parametrization of the stack is given."""
+    weight = trained_weight(module)
+    with torch.no_grad():
+        for earlier in parametrizations(module):
+            if earlier is parametrization:
+                break
+            weight = earlier(weight)
+    return weight
 
 
 def effective_weight(module: nn.Module) -> Tensor:

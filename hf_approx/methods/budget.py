@@ -34,14 +34,20 @@ def check_target(where: str, target: Target) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules whose entries are ranked together, and the sparsity they end with."""
+    """Modules that share a target, and that target."""
 
     members: tuple[int, ...]
     target: float
 
 
-def plan(names: Sequence[str], target: Target, scope: Scope) -> list[Group]:
+def plan(names: Sequence[str], target: Target, scope: Scope, field: str = "target_sparsity") -> list[Group]:
     """The groups of a method's modules, by their positions in `names`.
+
+    Args:
+        names: Of the modules.
+        target: For all, or by pattern.
+        scope: Whether the modules of a target share a group.
+        field: What the target is called, for the error.
 
     Raises:
         ValueError: A module matches no pattern.
@@ -53,7 +59,7 @@ def plan(names: Sequence[str], target: Target, scope: Scope) -> list[Group]:
     for i, name in enumerate(names):
         pattern = next((p for p in target if matches(name, [p])), None)
         if pattern is None:
-            raise ValueError(f"target_sparsity has no pattern for '{name}'; add one, or add it to exclude.")
+            raise ValueError(f"{field} has no pattern for '{name}'; add one, or add it to exclude.")
         found.setdefault(pattern, []).append(i)
     groups = [Group(tuple(members), target[pattern]) for pattern, members in found.items()]
     if scope == "global":

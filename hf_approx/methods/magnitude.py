@@ -146,6 +146,11 @@ class MagnitudePruning(Method):
         """Whether the mask is fixed."""
         return self._settled
 
+    @property
+    def settles_at(self) -> float:
+        """The end of the ramp."""
+        return self._config.ramp_fraction
+
     def metrics(self) -> dict[str, float]:
         """Sparsity over the chosen modules."""
         kept = sum(int(mask.sum()) for mask in self._masks)

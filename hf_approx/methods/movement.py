@@ -149,6 +149,11 @@ class MovementPruning(Method):
         """Whether the mask is fixed."""
         return self._settled
 
+    @property
+    def settles_at(self) -> float:
+        """The end of the ramp."""
+        return self._config.ramp_fraction
+
     def metrics(self) -> dict[str, float]:
         """Sparsity of the mask and, in soft mode, the penalty in the loss."""
         kept = sum(int((mask.scores >= mask.threshold).sum()) for mask in self.masks)

@@ -5,6 +5,7 @@ so the mask goes from soft to the hard mask 1[s > 0] without ever sampling.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast
 
@@ -195,12 +196,12 @@ class ContinuousSparsification(Method):
             self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
         return {name: model.get_submodule(name) for name in (*self.blocks, *self.structures)}
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """Parametrize the target weights, mask layers, freeze what is not to be trained.
 
         The model is unchanged if this raises.
         """
-        super().attach(model)
+        super().attach(model, earlier)
         if not self._config.train_weights:
             self._freeze(model)
         for mask, blocks in zip(self.masks, self.blocks.values(), strict=False):
@@ -388,6 +389,16 @@ class ContinuousSparsification(Method):
     def is_final(self) -> bool:
         """Whether the mask is hard."""
         return self._settled
+
+    @property
+    def resizes(self) -> bool:
+        """Whether heads or neurons are cut out."""
+        return self._config.structured is not None
+
+    @property
+    def settles_at(self) -> float:
+        """The end of the soft phase."""
+        return self._settings.soft_fraction
 
     def metrics(self) -> dict[str, float]:
         """Sparsity of the hard and the soft mask, temperature, and penalty.

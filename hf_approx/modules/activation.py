@@ -1,17 +1,23 @@
-"""Quantization of a layer's input."""
+"""Quantization of what a layer is given."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+NAME = "input_quantizer"
+"""The submodule of a layer that quantizes its input."""
+
 
 class ActivationQuantizer(nn.Module):
-    """Rounds each channel of an input to its own number of bits.
+    """Clips to a limit and rounds to a grid of few bits, for a whole tensor or each channel of it.
+
+    Signed: the 2^bits odd multiples of limit / (2^bits - 1), so zero is no value. Not signed: the 2^bits multiples of
+    limit / (2^bits - 1) from zero. The largest value is the limit in both.
 
     Args:
-        channels: Number of channels, along dimension 1 of images and the last of anything else; 1 for all alike.
-        signed: Values lie in [-limit, limit] instead of [0, limit].
+        channels: Number of channels with bits and limit of their own; 1: the whole tensor shares them.
+        signed: Whether values may be negative.
     """
 
     bits: Tensor
@@ -19,29 +25,53 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, channels: int, signed: bool) -> None:
         super().__init__()
-        self.channels, self.signed = channels, signed
-        self.register_buffer("bits", torch.full((channels,), 8.0, dtype=torch.float32))
-        self.register_buffer("limit", torch.ones(channels, dtype=torch.float32))
+        self.channels, self.signed, self.dim = channels, signed, -1
+        self.register_buffer("bits", torch.full((channels,), 8.0))
+        self.register_buffer("limit", torch.ones(channels))
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a channel, in a shape that fits inputs."""
+        return values if self.channels == 1 else values.reshape([-1] + [1] * (-self.dim - 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The nearest value that can be represented, in the dtype of `x`."""
-        shape = (-1, 1, 1) if x.dim() == 4 else (-1,)
-        bits, limit = self.bits.view(shape), self.limit.view(shape)
-        unit = x.float() / limit
-        if self.signed:
-            step = torch.exp2(2 - bits)
-            value = ((torch.floor(2 * unit / step) + 0.5) * step).clamp(-2 + step / 2, 2 - step / 2) / 2
-        else:
-            levels = torch.exp2(bits) - 1
-            value = torch.round(unit.clamp(0, 1) * levels) / levels
-        return (value * limit).to(x.dtype)
+        """Same shape and dtype as the input."""
+        limit = self.spread(self.limit)
+        unit = quantized(x.float() / limit, self.spread(self.bits), self.signed)
+        return (unit * limit).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"channels={self.channels}, signed={self.signed}"
+
+
+def quantized(unit: Tensor, bits: Tensor, signed: bool) -> Tensor:
+    """The nearest value of the grid whose largest value is 1."""
+    steps = torch.exp2(bits) - 1
+    if not signed:
+        return (unit.clamp(0, 1) * steps).round() / steps
+    code = ((unit.clamp(-1, 1) * steps + steps) / 2).round()
+    return (2 * code - steps) / steps
 
 
 def install(layer: nn.Module, quantizer: ActivationQuantizer) -> None:
-    """Quantize the first input of a layer; its bits and limits become part of the layer's state."""
-    layer.add_module("input_quantizer", quantizer)
-    layer.register_forward_pre_hook(_quantize_input)
+    """Make a layer quantize its input: as the submodule `input_quantizer`, in the place of one it has already.
+
+    Channels are the last dimension of the input, or the one before the spatial dimensions of a convolution.
+    """
+    quantizer.dim = -len(layer.kernel_size) - 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+    installed = hasattr(layer, NAME)
+    setattr(layer, NAME, quantizer)
+    if not installed:
+        layer.register_forward_pre_hook(_quantize_input)
 
 
-def _quantize_input(layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (layer.input_quantizer(inputs[0]), *inputs[1:])
+def uninstall(layer: nn.Module) -> None:
+    """Undo `install`."""
+    delattr(layer, NAME)
+    hooks = layer._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _quantize_input]:
+        del hooks[key]
+
+
+def _quantize_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (layer.get_submodule(NAME)(args[0]), *args[1:])

@@ -10,7 +10,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from helpers import make_trainer
-from hf_approx import AvaGradConfig, SparsificationConfig
+from hf_approx import AvaGradConfig, SmolConfig, SparsificationConfig
 from models import build
 
 folder = Path(sys.argv[1])
@@ -19,12 +19,15 @@ for module in model.modules():
     if isinstance(module, nn.Dropout):
         module.p = 0.0
 processes = int(sys.argv[2])
+approx = [SparsificationConfig(target_sparsity=0.8)]
+if "layer" in sys.argv:
+    approx = [SparsificationConfig(granularity="layer", target_sparsity=0.5)]
+if "smol" in sys.argv:
+    approx.append(SmolConfig(target_bits=3.0, group_size=16, activations=True))
 trainer = make_trainer(
     "bert",
     folder / "run",
-    approx=SparsificationConfig(granularity="layer", target_sparsity=0.5)
-    if "layer" in sys.argv
-    else SparsificationConfig(target_sparsity=0.8),
+    approx=approx,
     optimizer=AvaGradConfig(lr=0.01, weight_decay=0.01),
     model=model,
     per_device_train_batch_size=8 // processes,

@@ -1,0 +1,296 @@
+"""Precisions from limits of perturbation, their average, and integers that meet a budget of bits.
+
+A weight of p bits is displaced by up to sigma = 2^(1 - p) when it is rounded. With sigma = sigmoid(s) that is
+p = 1 + log2(1 + e^-s).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.packing.grid import MAX_BITS
+
+TOLERANCE = 0.02
+"""How far the average of the assigned precisions may be from the budget, in bits."""
+SAMPLE = 1 << 16
+"""Limits that place the average during training; the final assignment counts all of them."""
+MANY = 1 << 16
+"""Parts enough to meet any target."""
+ALMOST_ONE = 5.0
+"""The largest s: 1.01 bits, where its gradient has not vanished yet."""
+LEAST_EXTRA = math.log2(1 + math.exp(-ALMOST_ONE))
+"""Its precision, above 1."""
+
+
+MEMORY = 0.9
+"""Share of the past in the running means that give the multiplier of the penalty."""
+
+
+def precision(limits: Tensor) -> Tensor:
+    """p(s) = 1 + log2(1 + e^-s), at least 1."""
+    return 1 + nn.functional.softplus(-limits) / math.log(2)
+
+
+def initial_limit(bits: float) -> float:
+    """The s of a precision: its inverse, -ln(2^(bits - 1) - 1), but never more than `ALMOST_ONE`."""
+    return ALMOST_ONE if bits <= 1 else min(-math.log(2.0 ** (bits - 1) - 1), ALMOST_ONE)
+
+
+@torch.no_grad()
+def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, least: float, most: float) -> float:
+    """Shift all limits by one number so that the average precision is about the target, and clamp them.
+
+    Args:
+        limits: Changed in place.
+        sizes: How many weights each limit governs, in shapes that broadcast.
+        target: Average, each weight counted once.
+        least: Smallest precision.
+        most: Largest precision.
+
+    Returns:
+        The shift.
+    """
+    stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
+    sample = torch.cat([s.reshape(-1)[::stride] for s in limits]).double()
+    weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)]).double()
+    low, high = initial_limit(most), initial_limit(least)
+    # The average falls as the shift grows; its slope changes where limits reach the clamp, so bisection is safest.
+    left, right = low - float(sample.max()), high - float(sample.min())
+    total = weight.sum()
+    for _ in range(40):
+        middle = (left + right) / 2
+        average = float((precision((sample + middle).clamp(low, high)) * weight).sum() / total)
+        left, right = (middle, right) if average > target else (left, middle)
+    shift = (left + right) / 2
+    for s in limits:
+        s.add_(shift).clamp_(low, high)
+    return shift
+
+
+def _like(sizes: Tensor, limits: Tensor) -> Tensor:
+    """The sizes of all limits in one dimension, without memory of their own where all are equal."""
+    if sizes.numel() == 1:
+        return sizes.reshape(1).expand(limits.numel())
+    return sizes.expand_as(limits).reshape(-1)
+
+
+class Limited(Protocol):
+    """A module with noise: its limits, the buffer of their precisions, and that of what `Budget.measure` knows."""
+
+    limits: nn.Parameter
+    bits: Tensor
+    curvature: Tensor
+
+
+@dataclass
+class Budget:
+    """Noises whose precisions share an average.
+
+    `governs` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed`
+    are the precisions. `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the
+    penalty would add to it if lambda were one.
+    """
+
+    noises: Sequence[Limited]
+    governs: list[Tensor]
+    target: float | None
+    allowed: Sequence[int]
+    pull: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def limits(self) -> list[nn.Parameter]:
+        """The limits of all."""
+        return [noise.limits for noise in self.noises]
+
+    @property
+    def sizes(self) -> list[Tensor]:
+        """`governs`, where the limits are."""
+        return [n.to(noise.limits.device) for n, noise in zip(self.governs, self.noises, strict=True)]
+
+    def check(self) -> None:
+        """Raise `ValueError` if whole parts cannot meet the target."""
+        parts = sum(s.numel() for s in self.limits)
+        if self.target is None or parts > MANY:
+            return
+        sizes = torch.cat([_like(n, s) for s, n in zip(self.limits, self.sizes, strict=True)])
+        assigned = assign(torch.full_like(sizes, self.target), sizes, self.allowed, self.target)
+        reached = float((assigned * sizes).sum() / sizes.sum())
+        if abs(reached - self.target) > TOLERANCE:
+            raise ValueError(
+                f"SmolConfig: {parts} parts with precisions {tuple(self.allowed)} cannot average {self.target:g} "
+                f"bits, only {reached:.3f}; choose a finer granularity or that target."
+            )
+
+    @torch.no_grad()
+    def choose(self, sizes: Sequence[Tensor]) -> None:
+        """Assign precisions, counting these sizes."""
+        wanted = torch.cat([precision(s).reshape(-1).cpu() for s in self.limits])
+        counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
+        assigned = assign(wanted, counts, self.allowed, self.target)
+        for noise, part in zip(self.noises, assigned.split([s.numel() for s in self.limits]), strict=True):
+            noise.bits.copy_(part.reshape(noise.bits.shape))
+
+    @property
+    def multiplier(self) -> float:
+        """The lambda for which gradients and penalty together leave the average where it is."""
+        return max(self.pull / self.weight, 0.0) if self.weight > 0 else 0.0
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Add the gradient of the penalty to that of the limits, with the multiplier solved for.
+
+        Without it Adam, which makes all gradients equally large, would lower precisions that should rise.
+        """
+        if any(s.grad is None for s in self.limits):
+            return
+        slopes = [n * torch.sigmoid(-s) / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)]
+        pull = torch.stack([cast(Tensor, s.grad).sum(dtype=torch.float64) for s in self.limits]).sum()
+        weight = torch.stack([slope.sum(dtype=torch.float64) for slope in slopes]).sum()
+        if not bool(pull.isfinite()):
+            return
+        self.pull = MEMORY * self.pull + (1 - MEMORY) * float(pull)
+        self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
+        for s, slope in zip(self.limits, slopes, strict=True):
+            cast(Tensor, s.grad).sub_(slope * self.multiplier)
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Add to what is known of how sensitive the loss is to each limit: the mean squared gradient of its weights.
+
+        The gradient of a limit is a sum over its weights of gradient times independent noise, so its square says it.
+        """
+        for noise, n in zip(self.noises, self.sizes, strict=True):
+            s = noise.limits
+            if s.grad is not None:
+                size = torch.sigmoid(s) * torch.sigmoid(-s)
+                noise.curvature.add_((s.grad / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+
+    @torch.no_grad()
+    def spread(self) -> None:
+        """Move precisions apart by half the logarithm of the curvature: where they would come to rest.
+
+        The stationary point of one weight under noise and penalty is p = 1 + log2(H ln 2 / (3 lambda)) / 2, here with
+        the squared gradient for H.
+        """
+        curvature = [noise.curvature for noise in self.noises]
+        logs = [torch.log2(total.clamp_min(torch.finfo(total.dtype).tiny)) / 2 for total in curvature]
+        known = torch.cat([log[total > 0] for log, total in zip(logs, curvature, strict=True)])
+        if known.numel() == 0:
+            return
+        middle = known.median()
+        for s, log in zip(self.limits, logs, strict=True):
+            bits = precision(s) + (log - middle).clamp(-MAX_BITS, MAX_BITS)
+            s.copy_(-torch.log(torch.exp2(bits.clamp(1 + LEAST_EXTRA, MAX_BITS) - 1) - 1))
+
+    def average(self) -> float:
+        """Average precision the limits stand for."""
+        with torch.no_grad():
+            bits = sum(float((precision(s) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+        return bits / self.total
+
+    @property
+    def total(self) -> float:
+        """How many weights all limits govern."""
+        return sum(float(n.expand_as(s).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+
+    def penalty(self) -> Tensor:
+        """Sum of (p - 1) over all weights, differentiable."""
+        terms = [
+            (nn.functional.softplus(-s) * n).sum() / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)
+        ]
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+
+
+def round_precision(wanted: Tensor, allowed: Sequence[int]) -> Tensor:
+    """The nearest allowed precision of each, as positions in `allowed`."""
+    levels = torch.tensor(allowed, dtype=wanted.dtype, device=wanted.device)
+    return torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2)
+
+
+def assign(wanted: Tensor, sizes: Tensor, allowed: Sequence[int], target: float | None) -> Tensor:
+    """Integer precisions near the wanted ones whose weighted average meets the target as nearly as it can.
+
+    All are shifted by one number and rounded to the nearest; those on the edge then go up one by one, and at last a
+    few single parts or pairs move to close what large parts leave open.
+
+    Args:
+        wanted: Real precisions, one dimension.
+        sizes: How many weights each governs; those that govern none do not count.
+        allowed: Precisions in rising order.
+        target: Average, each weight counted once; None rounds each to the nearest.
+
+    Returns:
+        uint8, like `wanted`.
+    """
+    levels = torch.tensor(allowed, dtype=torch.float64, device=wanted.device)
+    if target is None:
+        return levels[round_precision(wanted.double(), allowed)].to(torch.uint8)
+    wanted, sizes = wanted.double(), sizes.double()
+    budget = target * float(sizes.sum())
+
+    def spent(choice: Tensor) -> float:
+        return float((levels[choice] * sizes).sum())
+
+    span = float(levels[-1] - levels[0]) + float(wanted.max() - wanted.min()) + 1
+    center = float(levels[0]) - float(wanted.min())
+    left, right = center - span, center + span
+    for _ in range(50):
+        middle = (left + right) / 2
+        if spent(round_precision(wanted + middle, allowed)) <= budget:
+            left = middle
+        else:
+            right = middle
+    choice, higher = (round_precision(wanted + shift, allowed) for shift in (left, right))
+    edge = (higher > choice).nonzero().reshape(-1)
+    if len(edge):
+        costs = (levels[higher[edge]] - levels[choice[edge]]) * sizes[edge]
+        affordable = costs.cumsum(0) <= budget - spent(choice) + 1e-9
+        choice[edge[affordable]] = higher[edge[affordable]]
+    _close(choice, sizes, levels, budget - spent(choice), TOLERANCE / 2 * float(sizes.sum()))
+    return levels[choice].to(torch.uint8)
+
+
+PAIRS = 512
+"""Parts that are tried in pairs, taken evenly over all sizes."""
+
+
+def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: float) -> None:
+    """Move single parts by a level, or two at once, while that brings what is left of the budget nearer to zero."""
+    for _ in range(64):
+        if abs(left) <= enough:
+            return
+        infinite = torch.full_like(sizes, torch.inf)
+        counted = sizes > 0
+        up, down = counted & (choice < len(levels) - 1), counted & (choice > 0)
+        more = torch.where(up, (levels[(choice + 1).clamp(max=len(levels) - 1)] - levels[choice]) * sizes, infinite)
+        less = torch.where(down, (levels[choice] - levels[(choice - 1).clamp(min=0)]) * sizes, infinite)
+        gain, loss = (left - more).abs(), (left + less).abs()
+        moves: list[tuple[float, list[tuple[int, int]]]] = [
+            (float(gain.min()), [(int(gain.argmin()), 1)]),
+            (float(loss.min()), [(int(loss.argmin()), -1)]),
+        ]
+        some = sizes.argsort()[:: max(len(sizes) // PAIRS, 1)]
+        both = (left - more[some][:, None] + less[some][None, :]).nan_to_num(torch.inf).abs()
+        both.fill_diagonal_(torch.inf)
+        at = int(both.argmin())
+        pair = [(int(some[at // len(some)]), 1), (int(some[at % len(some)]), -1)]
+        moves.append((float(both.reshape(-1)[at]), pair))
+        best, changes = min(moves, key=lambda move: move[0])
+        if best >= abs(left):
+            return
+        before = float((levels[choice] * sizes).sum())
+        for part, change in changes:
+            choice[part] += change
+        left -= float((levels[choice] * sizes).sum()) - before
+
+
+def map_entropy(bits: Tensor) -> float:
+    """Bits that no code of the precision map, part by part, can go below."""
+    counts = torch.bincount(bits.reshape(-1).long()).double()
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log2()).sum()) * bits.numel()

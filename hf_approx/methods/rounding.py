@@ -1,0 +1,229 @@
+"""Weights on a grid: rounding with a straight-through gradient, learned scales, and the scale that fits best.
+
+The grid is that of `hf_approx.packing.grid`. The gradient of the scale is that of LSQ (Esser et al., "Learned Step
+Size Quantization", 2020).
+"""
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.packing.grid import Grid, expand, round_to_grid
+from hf_approx.structures import feature_dim
+
+SCALE_DTYPE = torch.float16
+"""Scales are rounded to this in every forward pass, so the model that trains is the one that is stored."""
+
+PartGranularity = Literal["weight", "group", "channel", "tensor"]
+
+
+def parts_shape(layer: nn.Module, shape: torch.Size, granularity: PartGranularity, group_size: int) -> list[int]:
+    """The shape of what has one number for each weight, group, output channel, or for all.
+
+    Args:
+        layer: The module with the weight.
+        shape: Of the weight.
+        granularity: `"group"`: `group_size` input features next to each other of one output channel.
+        group_size: At most; where it does not divide the inputs the groups are as equal as they can be.
+    """
+    if granularity == "weight":
+        return list(shape)
+    parts = [1] * len(shape)
+    if granularity != "tensor":
+        out = feature_dim(layer, "out")
+        parts[out] = shape[out]
+    if granularity == "group":
+        inputs = feature_dim(layer, "in")
+        parts[inputs] = -(-shape[inputs] // group_size)
+    return parts
+
+
+def governed(shape: torch.Size, parts: torch.Size | list[int]) -> Tensor:
+    """How many entries of a weight each part covers, in a shape that broadcasts to the parts."""
+    sizes = torch.ones([1] * len(shape))
+    for dim, (have, want) in enumerate(zip(parts, shape, strict=True)):
+        run = -(-want // have)
+        runs = torch.full((have,), float(run))
+        runs[-1] = want - run * (have - 1)
+        sizes = sizes * (runs if want % have else runs[:1]).reshape([-1] + [1] * (len(shape) - dim - 1))
+    return sizes
+
+
+def reduce(values: Tensor, parts: torch.Size | list[int]) -> Tensor:
+    """Sums over the runs of `hf_approx.packing.grid.expand`: its transpose. Shape `parts`."""
+    whole = [dim for dim, have in enumerate(parts) if have == 1 and values.shape[dim] > 1]
+    if whole:
+        values = values.sum(whole, keepdim=True)
+    for dim, have in enumerate(parts):
+        want = values.shape[dim]
+        if have < want:
+            run = -(-want // have)
+            pad = [0, 0] * (values.dim() - dim - 1) + [0, have * run - want]
+            values = nn.functional.pad(values, pad) if any(pad) else values
+            values = values.unflatten(dim, (have, run)).sum(dim + 1)
+    return values
+
+
+def stored(scale: Tensor) -> Tensor:
+    """The scale as it is stored, in float32: positive and finite in `SCALE_DTYPE`."""
+    info = torch.finfo(SCALE_DTYPE)
+    return scale.float().clamp(info.tiny, info.max).to(SCALE_DTYPE).float()
+
+
+def nearest(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
+    """As `round_to_grid`, bit for bit, for a float32 scale; faster: powers are taken a part, not a weight."""
+    half = torch.exp2(bits.to(torch.float32) - 1)
+    wide = weight.shape
+    unit = weight.to(torch.float32) / expand(scale, wide)
+    unit.mul_(expand(half / 2, wide)).floor_()
+    half_wide = expand(half, wide)
+    unit.clamp_(min=-half_wide, max=half_wide - 1).add_(0.5).mul_(expand(2 / half, wide)).mul_(expand(scale, wide))
+    return unit.masked_fill_(weight == 0, 0).to(weight.dtype)
+
+
+def limit(bits: Tensor) -> Tensor:
+    """The outermost value of the grid of scale 1: 2 - 2^(1 - bits)."""
+    return 2 - torch.exp2(1 - bits.to(torch.float32))
+
+
+class StraightThrough(torch.autograd.Function):
+    """Hands on a value that is the clipped weight plus an error, with the gradient as if the error were constant.
+
+    The gradient of the weight is masked to the clip range. That of the logarithm of the scale counts the error, which
+    grows with the scale, and the clipped weights, which move with it. That of s counts the error, which is sigma(s)
+    times something constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, value: Tensor, bound: Tensor, log_scale: Tensor, limits: Tensor | None, noisy: bool
+    ) -> Tensor:
+        """The value; the others only serve the gradient."""
+        ctx.save_for_backward(weight, value, bound, limits)
+        ctx.noisy, ctx.scale_shape, ctx.scale_dtype = noisy, log_scale.shape, log_scale.dtype
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of weight, log scale and limits."""
+        (grad,) = grads
+        weight, value, bound, limits = ctx.saved_tensors
+        bound = expand(bound, weight.shape)
+        inside = weight.abs() <= bound
+        of_weight = grad * inside
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        of_scale = of_limits = None
+        if ctx.needs_input_grad[3]:
+            error = torch.sub(value, weight * inside).mul_(grad)
+            of_scale = reduce(error.to(wide), ctx.scale_shape).to(ctx.scale_dtype)
+        if limits is not None and ctx.needs_input_grad[4]:
+            if ctx.noisy:
+                error = torch.sub(value, weight.clamp(-bound, bound)).mul_(grad)
+                of_limits = reduce(error.to(wide), limits.shape).to(limits.dtype) * torch.sigmoid(-limits)
+            else:
+                of_limits = torch.zeros_like(limits)
+        return of_weight, None, None, of_scale, of_limits, None
+
+
+class GridWeight(nn.Module):
+    """w -> the nearest weight on the grid, with a straight-through gradient.
+
+    Args:
+        bits: Bits of every part, uint8; see `Grid`.
+        scale: Scale of every part, positive.
+        train_scale: Whether the scale is trained, through its logarithm.
+    """
+
+    bits: Tensor
+
+    def __init__(self, bits: Tensor, scale: Tensor, train_scale: bool) -> None:
+        super().__init__()
+        self.register_buffer("bits", bits)
+        self.log_scale = nn.Parameter(scale.log(), requires_grad=train_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """As it is stored, in float32."""
+        return stored(self.log_scale.detach().exp())
+
+    @property
+    def grid(self) -> Grid:
+        """The grid the weights are on."""
+        return Grid(self.bits.clone(), self.scale.to(SCALE_DTYPE))
+
+    def bound(self) -> Tensor:
+        """The largest weight that is not clipped, in the finest parts that bits and scale have together."""
+        return joint_product(limit(self.bits), self.scale)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The nearest weight on the grid, without gradient."""
+        return nearest(weight.detach(), self.bits, self.scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Same shape and dtype as the weight."""
+        with torch.no_grad():
+            value, bound = self.rounded(weight), self.bound().to(weight.dtype)
+        return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, None, False))
+
+
+def joint_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of two tensors of parts, of which one's are as fine as the other's in every dimension."""
+    shape = torch.Size(max(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    return expand(a, shape) * expand(b, shape)
+
+
+@torch.no_grad()
+def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Tensor:
+    """The scales of the given shape that minimize the squared rounding error, nearly.
+
+    A search over fractions of the largest weight, then a few steps of least squares with the codes held fixed.
+    """
+    weight = weight.detach().float()
+    shape = torch.Size(shape)
+    tiny = torch.finfo(SCALE_DTYPE).tiny
+    top = _largest(weight, shape)
+    best = top.clamp_min(tiny)
+    least = torch.full_like(best, torch.inf)
+
+    def keep_better(scale: Tensor) -> Tensor:
+        nonlocal best, least
+        value = nearest(weight, bits, scale)
+        error = reduce((value - weight).square_(), shape)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return value
+
+    for fraction in torch.logspace(-1, 0, 12).tolist():
+        keep_better(stored(top * fraction))
+    coarse = best
+    for factor in (0.88, 0.92, 0.96, 1.04, 1.08, 1.12):
+        keep_better(stored(coarse * factor))
+    for _ in range(2):
+        value = nearest(weight, bits, best)
+        square = reduce(value * value, shape)
+        keep_better(stored(torch.where(square > 0, best * reduce(value * weight, shape) / square, best)))
+    return best
+
+
+def _largest(weight: Tensor, shape: torch.Size) -> Tensor:
+    """The largest magnitude of every part."""
+    size = weight.abs()
+    for dim, have in enumerate(shape):
+        want = size.shape[dim]
+        if have < want:
+            run = -(-want // have)
+            pad = [0, 0] * (size.dim() - dim - 1) + [0, have * run - want]
+            size = nn.functional.pad(size, pad).unflatten(dim, (have, run)).amax(dim + 1)
+    return size
+
+
+def baked_grid(weight: Tensor, grid: Grid) -> Grid:
+    """The grid of a weight that is on it, with no bits for the parts that are all zero.
+
+    Raises:
+        ValueError: The weight is not on the grid.
+    """
+    if not torch.equal(round_to_grid(weight, grid), weight):
+        raise ValueError("The weight is not on its grid.")
+    empty = reduce((weight != 0).float(), grid.bits.shape) == 0
+    return Grid(grid.bits.masked_fill(empty, 0), grid.scale)

@@ -1,0 +1,407 @@
+"""SMOL (Savarese, Yuan, Li and Maire, "Not All Bits have Equal Value", NeurIPS 2022): learned precisions.
+
+Each part of a weight has a limit s, and noise of size sigmoid(s) is added to it in training. A part that tolerates
+more noise needs fewer bits: after the noisy phase its limit becomes a precision, and rounded weights train on.
+
+Where the text of the paper could not be read, the equations are this project's reconstruction: the law of the noise,
+the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.activations import NoisyActivation, install_noise
+from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_weight
+from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
+from hf_approx.methods.noise import NoiseLaw, NoisyWeight
+from hf_approx.methods.precision import Budget, map_entropy, precision, steer
+from hf_approx.methods.rounding import (
+    SCALE_DTYPE,
+    PartGranularity,
+    baked_grid,
+    fit_scale,
+    governed,
+    parts_shape,
+    reduce,
+)
+from hf_approx.modules.activation import install, uninstall
+from hf_approx.packing.grid import MAX_BITS, expand
+from hf_approx.targets import Patterns, matches
+
+NOISE_FRACTION = 0.5
+"""Default share of training with noise."""
+MEASURED = 0.25
+"""Share of the noise after which limits are moved apart by curvature."""
+
+
+@dataclass
+class SmolConfig(MethodConfig):
+    """Mixed precision: noise teaches how many bits each part of the weights needs, then they are rounded.
+
+    Raises:
+        ValueError: A value is out of range or two contradict each other.
+    """
+
+    target_bits: Target | None = field(
+        default=4.0,
+        metadata={
+            "help": "Average bits a weight that is not zero, over all targets or by pattern: the limits are shifted "
+            "together along a ramp, and the assigned precisions meet it within 0.02. None: the penalty decides."
+        },
+    )
+    bits: Sequence[int] = field(default=tuple(range(1, MAX_BITS + 1)), metadata={"help": "Allowed precisions."})
+    granularity: PartGranularity = field(
+        default="group",
+        metadata={
+            "help": "What has a precision of its own: each 'weight' (the paper; the map of precisions then takes "
+            "space too), 'group' of inputs of an output channel, output 'channel', or 'tensor'."
+        },
+    )
+    group_size: int = field(default=128, metadata={"help": "Inputs in a group, at most."})
+    scale_granularity: Literal["group", "channel", "tensor"] = field(
+        default="channel", metadata={"help": "What has a scale of its own, stored in float16."}
+    )
+    train_scale: bool = field(default=True, metadata={"help": "Train the scales too, or only fit them twice."})
+    noise: NoiseLaw = field(
+        default="uniform", metadata={"help": "'uniform' in [-1, 1], or 'rademacher': the worst case, -1 or 1."}
+    )
+    initial_bits: float = field(default=8.0, metadata={"help": "Precision at the first step."})
+    limit_init: Literal["curvature", "constant"] = field(
+        default="curvature",
+        metadata={
+            "help": "With target bits. 'curvature': a quarter into the noise the limits are moved apart to where the "
+            "squared gradients seen so far say they would come to rest, for training too short for the limits to get "
+            "there. 'constant': they only learn, as in the paper."
+        },
+    )
+    lr: float = field(default=1e-2, metadata={"help": "Adam's learning rate for the limits; the paper's is 1e-3."})
+    scale_lr: float = field(default=1e-3, metadata={"help": "Adam's, for the logarithms of the scales."})
+    penalty: float = field(default=1e-7, metadata={"help": "lambda, per bit of each weight; without target bits."})
+    noise_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Part of training with noise; the rest trains rounded weights. Default: 0.5, or as long as an "
+            "earlier method's mask on the same model is not fixed."
+        },
+    )
+    activations: bool = field(default=False, metadata={"help": "Quantize the inputs of the target modules too."})
+    activation_bits: float | None = field(
+        default=8.0, metadata={"help": "Average bits of an input channel. None: the penalty decides."}
+    )
+    activation_granularity: Literal["tensor", "channel"] = field(
+        default="tensor", metadata={"help": "What has a limit and a precision of its own."}
+    )
+    unsigned_activations: Patterns = field(
+        default=None, metadata={"help": "Modules whose inputs are never negative, in the notation of targets."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the noise."})
+
+    def __post_init__(self) -> None:
+        where = "SmolConfig"
+        self.bits = tuple(self.bits) if isinstance(self.bits, Sequence) else (self.bits,)
+        whole = all(isinstance(b, int) and not isinstance(b, bool) and 1 <= b <= MAX_BITS for b in self.bits)
+        if not (self.bits and whole and list(self.bits) == sorted(set(self.bits))):
+            raise ValueError(f"{where}: bits must be rising whole numbers from 1 to {MAX_BITS}, got {self.bits}.")
+        low, high = self.bits[0], self.bits[-1]
+        targets: dict[str, float | None] = {}
+        if isinstance(self.target_bits, Mapping):
+            targets.update({f"target_bits[{pattern!r}]": value for pattern, value in self.target_bits.items()})
+            if not self.target_bits:
+                raise ValueError(f"{where}: target_bits has no pattern; give a number or at least one pattern.")
+        else:
+            targets["target_bits"] = self.target_bits
+        for name, target in targets.items():
+            if target is not None:
+                check_fraction(where, name, target, low, high)
+        if self.activation_bits is not None:
+            check_fraction(where, "activation_bits", self.activation_bits, 1, MAX_BITS)
+        check_fraction(where, "initial_bits", self.initial_bits, 1, MAX_BITS)
+        if self.noise_fraction is not None:
+            check_fraction(where, "noise_fraction", self.noise_fraction)
+        choices = {
+            "granularity": ("weight", "group", "channel", "tensor"),
+            "scale_granularity": ("group", "channel", "tensor"),
+            "limit_init": ("curvature", "constant"),
+            "noise": ("uniform", "rademacher"),
+            "activation_granularity": ("tensor", "channel"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{where}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        for name in ("lr", "scale_lr", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite number >= 0, got {getattr(self, name)}.")
+        for name, least in (("group_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{where}: {name} must be a whole number >= {least}, got {value!r}.")
+
+    def build(self) -> "Smol":
+        """The method this config describes."""
+        return Smol(self)
+
+
+class Smol(Method):
+    """See [`SmolConfig`]."""
+
+    name = "smol"
+    quantizes = True
+
+    def __init__(self, config: SmolConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._until = config.noise_fraction or 0.0
+        self._settled = False
+        self._step = 0
+        self._spread = False
+        self.activations: dict[str, NoisyActivation] = {}
+        self.budgets: list[Budget] = []
+
+    @property
+    def config(self) -> SmolConfig:
+        """The config that built this object."""
+        return self._config
+
+    @property
+    def noises(self) -> list[NoisyWeight]:
+        """The parametrization of every target, in the model's order."""
+        return [cast(NoisyWeight, p) for p in self.parametrizations.values()]
+
+    def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
+        """As of `Method`; also quantizes the inputs of the targets, if the config says so."""
+        config = self._config
+        slowest = max(earlier, key=lambda method: method.settles_at, default=None)
+        boundary = 0.0 if slowest is None else slowest.settles_at
+        if slowest is not None and config.noise_fraction is not None and config.noise_fraction < boundary:
+            raise ValueError(
+                f"SmolConfig: noise_fraction={config.noise_fraction} is over before the mask of {slowest.name} is "
+                f"fixed, at {boundary}; leave noise_fraction out, or raise it to that."
+            )
+        given = config.noise_fraction
+        self._until = max(NOISE_FRACTION, boundary) if given is None else given
+        super().attach(model, earlier)
+        try:
+            if config.activations:
+                self.activations = install_noise(
+                    self.modules,
+                    per_channel=config.activation_granularity == "channel",
+                    unsigned=config.unsigned_activations,
+                    initial_bits=config.initial_bits,
+                    law=config.noise,
+                    seed=config.seed,
+                )
+            self._plan()
+        except ValueError:
+            self.detach()
+            raise
+
+    def check(self, names: list[str]) -> None:
+        """Raise `ValueError` unless every module has a target."""
+        if self._config.target_bits is not None:
+            plan(names, self._config.target_bits, "global", "target_bits")
+
+    def parametrization(self, name: str, module: nn.Module) -> NoisyWeight:
+        """Noise at the initial precision, with scales that fit the final one."""
+        config, weight = self._config, effective_weight(module)
+        parts = parts_shape(module, weight.shape, config.granularity, config.group_size)
+        scales = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
+        target = self._target(name)
+        initial = config.initial_bits if target is None else max(config.initial_bits, target)
+        bits = torch.full([1] * weight.dim(), round(target or initial), dtype=torch.uint8, device=weight.device)
+        scale = fit_scale(weight, bits, scales)
+        return NoisyWeight(parts, scale, config.train_scale, initial, config.noise, config.seed)
+
+    def _target(self, name: str) -> float | None:
+        target = self._config.target_bits
+        if isinstance(target, Mapping):
+            return next(bits for pattern, bits in target.items() if matches(name, [pattern]))
+        return target
+
+    def _plan(self) -> None:
+        """Group the limits by their targets; raises `ValueError` for targets that whole parts cannot meet."""
+        config, noises = self._config, self.noises
+        makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
+        for index, maker in enumerate(makers):
+            maker.index = index
+        shapes = [effective_weight(module).shape for module in self.modules.values()]
+        sizes = [governed(shape, p.bits.shape) for shape, p in zip(shapes, noises, strict=True)]
+        for members, target in self._groups():
+            budget = Budget([noises[i] for i in members], [sizes[i] for i in members], target, config.bits)
+            self.budgets.append(budget)
+        if self.activations:
+            quantizers = list(self.activations.values())
+            sizes = [torch.full((1,), q.governs) for q in quantizers]
+            allowed = range(1, MAX_BITS + 1)
+            self.budgets.append(Budget(quantizers, sizes, config.activation_bits, allowed))
+        for budget in self.budgets:
+            budget.check()
+
+    def _groups(self) -> list[tuple[Sequence[int], float | None]]:
+        """Which modules share a target, and that target."""
+        target = self._config.target_bits
+        if target is None:
+            return [(range(len(self.modules)), None)]
+        return [(g.members, g.target) for g in plan(list(self.modules), target, "global", "target_bits")]
+
+    def detach(self) -> None:
+        """As of `Method`; also leaves the inputs alone."""
+        for name in self.activations:
+            uninstall(self.modules[name])
+        self.activations, self.budgets = {}, []
+        super().detach()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The limits and, if they are trained, the scales; and the largest values of activations."""
+        scales = [p.log_scale for p in self.noises] if self._config.train_scale else []
+        scales += [q.log_limit for q in self.activations.values()]
+        groups = [{"params": [s for budget in self.budgets for s in budget.limits], "lr": self._config.lr}]
+        return groups + ([{"params": scales, "lr": self._config.scale_lr}] if scales else [])
+
+    @torch.no_grad()
+    def on_step(self, progress: float) -> None:
+        """Draw new noise and steer the precisions, or fix them; clip the weights to the range of their precision."""
+        if not self._settled:
+            if self._step == 1:
+                for quantizer in self.activations.values():
+                    quantizer.start()
+            if progress >= self._until:
+                self.settle()
+            else:
+                self._steer(progress / self._until)
+            self._step += 1
+            self._tell()
+        for module, noise in zip(self.modules.values(), self.noises, strict=True):
+            weight = trained_weight(module)
+            bound = expand(noise.bound().to(weight.dtype), weight.shape)
+            weight.clamp_(-bound, bound)
+
+    def _tell(self) -> None:
+        """Hand the position in training to whatever makes noise."""
+        for noise in self.noises:
+            noise.step, noise.frozen = self._step, self._settled
+        for quantizer in self.activations.values():
+            quantizer.step, quantizer.frozen = self._step, self._settled
+            quantizer.observing = self._step <= 1
+
+    def _steer(self, fraction: float) -> None:
+        if fraction >= MEASURED and not self._spread:
+            self._spread = True
+            for budget in self.budgets:
+                if budget.target is not None and self._config.limit_init == "curvature":
+                    budget.spread()
+        for budget in self.budgets:
+            if budget.target is not None:
+                start = max(self._config.initial_bits, budget.target)
+                wanted = start + (budget.target - start) * cubic_ramp(fraction, 1.0)
+                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
+
+    def on_gradients(self) -> None:
+        """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""
+        if self._settled:
+            return
+        for budget in self.budgets:
+            if budget.target is not None:
+                if self._config.limit_init == "curvature" and not self._spread:
+                    budget.measure()
+                budget.balance()
+
+    def penalty(self) -> Tensor | None:
+        """lambda * sum over weights of (p - 1), for what has no target; None once precisions are fixed."""
+        free = [budget.penalty() for budget in self.budgets if budget.target is None]
+        if self._settled or not free:
+            return None
+        return self._config.penalty * torch.stack(free).sum()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Assign precisions, within the budget if there is one, and fit the scales to them."""
+        if self._settled:
+            return
+        noises = self.noises
+        incoming = [incoming_weight(m, p) for m, p in zip(self.modules.values(), noises, strict=True)]
+        kept = [reduce((w != 0).float(), p.bits.shape) for w, p in zip(incoming, noises, strict=True)]
+        for budget, (members, _) in zip(self.budgets, self._groups(), strict=False):
+            budget.choose([kept[i] for i in members])
+        for weight, noise in zip(incoming, noises, strict=True):
+            noise.log_scale.copy_(fit_scale(weight, noise.bits, noise.log_scale.shape).log())
+        if self.activations:
+            self.budgets[-1].choose(self.budgets[-1].sizes)
+        self._settled = True
+        self._tell()
+
+    def bake(self) -> list[str]:
+        """Leave weights on their grids, which are then in `grids`, and quantizers of the inputs in the layers."""
+        modules, noises = dict(self.modules), self.noises
+        names = super().bake()
+        for (name, module), noise in zip(modules.items(), noises, strict=True):
+            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), noise.grid)
+        for name, quantizer in self.activations.items():
+            install(modules[name], quantizer.inference().train(modules[name].training))
+        return names
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the precisions are fixed."""
+        return self._settled
+
+    @property
+    def settles_at(self) -> float:
+        """The end of the noise."""
+        return self._until
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Average precision, and lambda: given, or with a target the one solved for in the last step."""
+        weights = self.budgets[: len(self.budgets) - bool(self.activations)]
+        if self._settled:
+            sizes, bits = self._kept()
+            average = float((sizes * bits).sum() / sizes.sum().clamp_min(1))
+        else:
+            average = sum(b.average() * b.total for b in weights) / sum(b.total for b in weights)
+        solved = weights[0].target is not None
+        numbers = {"bits": average, "penalty": weights[0].multiplier if solved else self._config.penalty}
+        if self.activations:
+            quantizers = self.activations.values()
+            total = sum(q.governs * q.channels for q in quantizers)
+            used = [q.bits if self._settled else precision(q.limits) for q in quantizers]
+            spent = sum(q.governs * float(bits.sum()) for q, bits in zip(quantizers, used, strict=True))
+            numbers["activation_bits"] = spent / total
+        return numbers
+
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        """Weights that are not zero in every part, and its bits; all in one dimension."""
+        kept, bits = [], []
+        for module, noise in zip(self.modules.values(), self.noises, strict=True):
+            weight = incoming_weight(module, noise)
+            kept.append(reduce((weight != 0).float(), noise.bits.shape).reshape(-1).double().cpu())
+            bits.append(noise.bits.reshape(-1).cpu())
+        return torch.cat(kept), torch.cat(bits)
+
+    def report(self) -> dict[str, Any]:
+        """Also the share of weights of each precision, and the bits with the map of precisions and the scales."""
+        if not self._settled:
+            return super().report()
+        sizes, bits = self._kept()
+        total = max(float(sizes.sum()), 1.0)
+        shares = {str(p): float(sizes[bits == p].sum()) / total for p in self._config.bits}
+        scales = sum(noise.log_scale.numel() for noise in self.noises) * torch.finfo(SCALE_DTYPE).bits
+        extra = (map_entropy(bits) + scales) / total
+        report = super().report()
+        return {**report, "bits_with_metadata": report["bits"] + extra, "shares": shares}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The phase, the step, and the running means; limits, scales and precisions are in the model."""
+        means = [[budget.pull, budget.weight] for budget in self.budgets]
+        return {"settled": self._settled, "spread": self._spread, "step": self._step, "means": means}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._settled, self._spread, self._step = state["settled"], state["spread"], state["step"]
+        for budget, (pull, weight) in zip(self.budgets, state["means"], strict=True):
+            budget.pull, budget.weight = pull, weight
+        self._tell()

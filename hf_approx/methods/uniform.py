@@ -1,0 +1,126 @@
+"""The same number of bits for every weight: rounding after training, and training with rounded weights.
+
+Baselines to beat, behind the interface of every method. The scales that training starts from, or that rounding uses,
+minimize the squared error; training them is LSQ (Esser et al., "Learned Step Size Quantization", 2020).
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight
+from hf_approx.methods.rounding import GridWeight, baked_grid, fit_scale, parts_shape
+from hf_approx.packing.grid import MAX_BITS
+
+
+@dataclass
+class UniformQuantizationConfig(MethodConfig):
+    """Round every weight to the same number of bits, from the first step of training or after the last.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    bits: int = field(default=4, metadata={"help": "Of every weight."})
+    mode: Literal["qat", "round"] = field(
+        default="qat", metadata={"help": "'qat': train rounded weights, straight through; 'round': after training."}
+    )
+    scale_granularity: Literal["group", "channel", "tensor"] = field(
+        default="channel", metadata={"help": "What has a scale of its own, stored in float16."}
+    )
+    group_size: int = field(default=128, metadata={"help": "Inputs in a group, at most."})
+    scale_lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate, for the logarithms of the scales."})
+
+    def __post_init__(self) -> None:
+        where = "UniformQuantizationConfig"
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= MAX_BITS:
+            raise ValueError(f"{where}: bits must be a whole number from 1 to {MAX_BITS}, got {self.bits!r}.")
+        if self.mode not in ("qat", "round"):
+            raise ValueError(f"{where}: mode must be 'qat' or 'round', got {self.mode!r}.")
+        if self.scale_granularity not in ("group", "channel", "tensor"):
+            raise ValueError(
+                f"{where}: scale_granularity must be group, channel or tensor, got {self.scale_granularity!r}."
+            )
+        if not isinstance(self.group_size, int) or self.group_size < 1:
+            raise ValueError(f"{where}: group_size must be a whole number >= 1, got {self.group_size!r}.")
+        if not 0 <= self.scale_lr < math.inf:
+            raise ValueError(f"{where}: scale_lr must be a finite number >= 0, got {self.scale_lr}.")
+
+    def build(self) -> "UniformQuantization":
+        """The method this config describes."""
+        return UniformQuantization(self)
+
+
+class LateGridWeight(GridWeight):
+    """w -> w until `round` is called; then what `GridWeight` does."""
+
+    late = True
+
+    def round(self, weight: Tensor) -> None:
+        """Fit the scale to the weight and round from now on."""
+        self.log_scale.data.copy_(fit_scale(weight, self.bits, self.log_scale.shape).log())
+        self.late = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Same shape and dtype as the weight."""
+        return weight if self.late else super().forward(weight)
+
+
+class UniformQuantization(Method):
+    """See [`UniformQuantizationConfig`]."""
+
+    name = "uniform"
+    quantizes = True
+
+    def __init__(self, config: UniformQuantizationConfig) -> None:
+        super().__init__()
+        self._config = config
+
+    @property
+    def config(self) -> UniformQuantizationConfig:
+        """The config that built this object."""
+        return self._config
+
+    def parametrization(self, name: str, module: nn.Module) -> GridWeight:
+        """The grid that fits the weight best."""
+        config, weight = self._config, effective_weight(module)
+        bits = torch.full([1] * weight.dim(), config.bits, dtype=torch.uint8, device=weight.device)
+        parts = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
+        if config.mode == "round":
+            return LateGridWeight(bits, torch.ones(parts, device=weight.device), train_scale=False)
+        return GridWeight(bits, fit_scale(weight, bits, parts), train_scale=True)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The scales, if weights are rounded in training."""
+        scales = [cast(GridWeight, p).log_scale for p in self.parametrizations.values()]
+        return [{"params": scales, "lr": self._config.scale_lr}] if self._config.mode == "qat" else []
+
+    def on_step(self, progress: float) -> None:
+        """Nothing changes while training."""
+
+    def settle(self) -> None:
+        """The bits are fixed from the start."""
+
+    def bake(self) -> list[str]:
+        """Leave weights on their grids, which are then in `grids`."""
+        modules, roundings = dict(self.modules), dict(self.parametrizations)
+        for name, rounding in roundings.items():
+            if isinstance(rounding, LateGridWeight):
+                rounding.round(incoming_weight(modules[name], rounding))
+        names = super().bake()
+        for name, module in modules.items():
+            grid = cast(GridWeight, roundings[name]).grid
+            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), grid)
+        return names
+
+    @property
+    def is_final(self) -> bool:
+        """Always: the bits are fixed from the start."""
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """The bits of every weight."""
+        return {"bits": float(self._config.bits)}

@@ -1,0 +1,122 @@
+"""The baselines of quantization: the same bits for every weight."""
+
+import pytest
+import torch
+from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
+from torch import nn
+
+from helpers import assert_same_weights, make_trainer, weights
+from hf_approx import UniformQuantizationConfig
+from hf_approx.packing.grid import round_to_grid
+from models import build
+
+
+def assert_on_grids(trainer):
+    params = dict(trainer.model.named_parameters())
+    grids = trainer.methods[-1].grids
+    assert grids
+    for name, grid in grids.items():
+        assert torch.equal(round_to_grid(params[name], grid), params[name])
+        levels = (params[name] / grid.scale.float()).reshape(-1)
+        assert len((levels * 2**6).round().unique()) <= 2 ** int(grid.bits.max())
+
+
+@pytest.mark.parametrize("mode", ["qat", "round"])
+@pytest.mark.parametrize("bits", [1, 4])
+def test_weights_end_on_the_grid(tmp_path, mode, bits):
+    trainer = make_trainer("bert", tmp_path, approx=UniformQuantizationConfig(bits=bits, mode=mode), max_steps=3)
+    trainer.train()
+    assert_on_grids(trainer)
+    assert trainer.approx_report["totals"]["bits"] == bits
+
+
+def test_rounding_after_training_does_not_touch_training(tmp_path):
+    plain = make_trainer("bert", tmp_path / "a", model=no_dropout(), max_steps=4)
+    plain.train()
+    rounded = make_trainer(
+        "bert", tmp_path / "b", approx=UniformQuantizationConfig(bits=8, mode="round"), model=no_dropout(), max_steps=4
+    )
+    rounded.train()
+    # Eight bits move a weight by less than a hundredth of the largest of its row; float16 moves the others.
+    for name, before in plain.model.state_dict().items():
+        after = rounded.model.state_dict()[name]
+        slack = 0.02 * before.abs().max() if name in rounded.methods[0].grids else 1e-3
+        assert (after - before).abs().max() <= slack
+
+
+def test_training_rounded_weights_lowers_the_loss_that_rounding_leaves():
+    """On a regression with correlated inputs, where the nearest weight is not the best one."""
+    torch.manual_seed(0)
+    x = torch.randn(200, 16) @ torch.randn(16, 16)
+    target = x @ torch.randn(16, 8)
+    losses = {}
+    for mode in ("round", "qat"):
+        torch.manual_seed(1)
+        layer = nn.Linear(16, 8, bias=False)
+        layer.weight.data.copy_(torch.linalg.lstsq(x, target).solution.T)
+        method = UniformQuantizationConfig(bits=2, mode=mode, target_modules=["0"], scale_lr=1e-2).build()
+        method.attach(nn.ModuleList([layer]))
+        groups = [{"params": [layer.parametrizations.weight.original], "lr": 1e-3}, *method.param_groups()]
+        optimizer = torch.optim.Adam(groups)
+        for step in range(300 if mode == "qat" else 0):
+            method.on_step(step / 299)
+            optimizer.zero_grad()
+            (layer(x) - target).square().mean().backward()
+            optimizer.step()
+        method.finalize()
+        losses[mode] = float((layer(x) - target).detach().square().mean())
+    assert losses["qat"] < 0.8 * losses["round"]
+
+
+def test_a_crashed_run_resumes_to_the_same_weights(tmp_path):
+    def trainer(folder):
+        return make_trainer(
+            "gpt2", folder, approx=UniformQuantizationConfig(bits=2), save_strategy="steps", save_steps=1
+        )
+
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    crashed = trainer(tmp_path / "crashed")
+    crashed.add_callback(CrashAt(4))
+    with pytest.raises(SimulatedCrashError):
+        crashed.train()
+    resumed = trainer(tmp_path / "crashed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / "checkpoint-3"))
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+
+
+def test_compiled_training_equals_eager(tmp_path):
+    def train(folder, **options):
+        approx = UniformQuantizationConfig(bits=4)
+        trainer = make_trainer("bert", folder, approx=approx, model=no_dropout(), max_steps=3, **options)
+        trainer.train()
+        return trainer
+
+    eager = train(tmp_path / "a")
+    compiled = train(tmp_path / "b", torch_compile=True, torch_compile_backend="aot_eager")
+    assert_close_weights(eager, compiled, rtol=1e-3, atol=1e-4)
+
+
+def test_bfloat16_models_keep_their_dtype(tmp_path):
+    model = build("llama").to(torch.bfloat16)
+    trainer = make_trainer("llama", tmp_path, approx=UniformQuantizationConfig(bits=3), model=model, max_steps=2)
+    trainer.train()
+    assert trainer.model.dtype == torch.bfloat16
+    assert_on_grids(trainer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0}, "bits must be"),
+        ({"bits": 9}, "bits must be"),
+        ({"bits": 2.5}, "bits must be"),
+        ({"mode": "ptq"}, "mode must be"),
+        ({"scale_granularity": "row"}, "scale_granularity must be"),
+        ({"scale_lr": -1.0}, "scale_lr must be"),
+        ({"group_size": 0}, "group_size must be"),
+    ],
+)
+def test_impossible_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        UniformQuantizationConfig(**options)
