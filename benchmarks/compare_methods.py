@@ -1,6 +1,7 @@
 """Train a recipe dense and with every method, over several seeds, and print a Markdown table.
 
 python benchmarks/compare_methods.py --config recipes/configs/words_sparse90.yaml --sparsity 0.8 0.9 --seeds 0 1 2
+python benchmarks/compare_methods.py --config recipes/configs/words_bits4.yaml --bits 2 4 --methods dense config qat
 """
 
 import argparse
@@ -29,7 +30,11 @@ BASELINES: dict[str, dict[str, Any]] = {
     "soft-movement": {"method": "movement", "mode": "soft"},
     "random": {"method": "magnitude", "criterion": "random"},
 }
-METHODS = ("dense", "config", *BASELINES)
+QUANTIZERS: dict[str, dict[str, Any]] = {
+    "qat": {"method": "uniform", "mode": "qat"},
+    "round": {"method": "uniform", "mode": "round"},
+}
+METHODS = ("dense", "config", *BASELINES, *QUANTIZERS)
 TITLES = {
     "dense": "dense",
     "gradual": "gradual magnitude",
@@ -38,14 +43,24 @@ TITLES = {
     "movement": "movement, top-k",
     "soft-movement": "movement, soft",
     "random": "random",
+    "qat": "uniform, trained rounded",
+    "round": "uniform, rounded after training",
 }
 
 
 @dataclass(frozen=True)
 class Training:
-    """One row of the results before it is measured."""
+    """One row of the results before it is measured.
+
+    Attributes:
+        method: One of `METHODS`.
+        measure: What the target is of: "sparsity" or "bits".
+        target: Sparsity or average bits; 0 for dense.
+        seed: Of the training.
+    """
 
     method: str
+    measure: str
     target: float
     seed: int
 
@@ -53,8 +68,13 @@ class Training:
         """The `approx` option of the recipe."""
         if self.method == "dense":
             return []
+        if self.method in QUANTIZERS:
+            return [{**QUANTIZERS[self.method], "bits": int(self.target)}]
         own = config["approx"] if self.method == "config" else [BASELINES[self.method]]
-        return [{**options, "target_sparsity": self.target} for options in own]
+        field = f"target_{self.measure}"
+        if self.measure == "sparsity":
+            return [{**options, field: self.target} for options in own]
+        return [{**options, field: self.target} if options["method"] == "smol" else options for options in own]
 
 
 def run(training: Training, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -82,21 +102,27 @@ def spread(values: list[float]) -> str:
 def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     """Print one table of all rows, and one with a column for each sparsity."""
     titles = {**TITLES, "config": own_title}
-    print(f"| method | sparsity | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| method | sparsity | bits | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["target"], METHODS.index(row["method"]), row["seed"])):
         groups.setdefault((row["method"], row["target"]), []).append(row)
     for (method, _), group in groups.items():
-        print(
-            f"| {titles[method]} | {mean(r['sparsity'] for r in group):.2%} | {spread([r[metric] for r in group])} "
-            f"| {len(group)} | {mean(r['bytes'] for r in group):,.0f} | {group[0]['dense_bytes']:,} "
-            f"| {mean(r['bytes'] / r['bound_bytes'] for r in group):.3f} |"
-        )
+        cells = [
+            titles[method],
+            f"{mean(r['sparsity'] for r in group):.2%}",
+            "-" if group[0]["bits"] is None else f"{mean(r['bits'] for r in group):.2f}",
+            spread([r[metric] for r in group]),
+            str(len(group)),
+            f"{mean(r['bytes'] for r in group):,.0f}",
+            f"{group[0]['dense_bytes']:,}",
+            f"{mean(r['bytes'] / r['bound_bytes'] for r in group):.3f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
     targets = sorted({target for method, target in groups if method != "dense"})
     if len(targets) < 2:
         return
-    print(f"\n| {metric} at | " + " | ".join(f"{target:.0%}" for target in targets) + " |")
+    print(f"\n| {metric} at | " + " | ".join(f"{t:.0%}" if t < 1 else f"{t:g} bits" for t in targets) + " |")
     print("| --- |" + " --- |" * len(targets))
     for method in METHODS[1:]:
         cells = [spread([r[metric] for r in groups[method, t]]) if (method, t) in groups else "" for t in targets]
@@ -110,7 +136,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="config of recipes/text_classification.py")
     parser.add_argument("--methods", nargs="+", default=["dense", "config", "gradual"], choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    targets = parser.add_mutually_exclusive_group()
+    targets.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    targets.add_argument("--bits", type=float, nargs="+", help="compare quantizers at these average bits instead")
     parser.add_argument("--title", default="Continuous Sparsification", help="what the table calls the config's own")
     parser.add_argument("--metric", default="accuracy", help="the number of the recipe's results to show")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
@@ -122,12 +150,13 @@ def main() -> None:
     rows = []
     if options.output is not None and options.output.exists():
         rows = [json.loads(line) for line in options.output.read_text().splitlines()]
-    done = {Training(row["method"], row["target"], row["seed"]) for row in rows}
+    measure, levels = ("bits", options.bits) if options.bits else ("sparsity", options.sparsity)
+    done = {Training(row["method"], row["measure"], row["target"], row["seed"]) for row in rows}
     # Seed by seed, so that an interrupted run has compared every method.
     wanted = [
-        Training(method, 0.0 if method == "dense" else target, seed)
+        Training(method, measure, 0.0 if method == "dense" else level, seed)
         for seed in options.seeds
-        for target in options.sparsity
+        for level in levels
         for method in options.methods
     ]
     wanted = [training for training in dict.fromkeys(wanted) if training not in done]

@@ -101,7 +101,8 @@ class Recipe:
         row: dict[str, Any] = {
             k.removeprefix("eval_"): v for k, v in measured.items() if k.removeprefix("eval_") in self.scores
         }
-        row["sparsity"] = trainer.approx_report.get("totals", {}).get("sparsity", 0.0)
+        totals = trainer.approx_report.get("totals", {})
+        row["sparsity"], row["bits"] = totals.get("sparsity", 0.0), totals.get("bits")
         if trainer.is_world_process_zero():
             row["bytes"] = weight_bytes(folder)
             inspection = inspect_checkpoint(folder)
@@ -126,7 +127,7 @@ class Recipe:
 def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
     """Print the table of dense against compressed."""
     table = Table(title="Dense against compressed")
-    headers = ("model", *scores, "sparsity", "bytes on disk", "dense, same dtype", "load", "reloaded equal")
+    headers = ("model", *scores, "sparsity", "bits", "bytes on disk", "dense, same dtype", "load", "reloaded equal")
     for i, header in enumerate(headers):
         table.add_column(header, justify="left" if i == 0 else "right")
     for name, row in rows.items():
@@ -134,6 +135,7 @@ def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
             name,
             *(f"{row[score]:.4f}" for score in scores),
             f"{row['sparsity']:.2%}",
+            "-" if row["bits"] is None else f"{row['bits']:.2f}",
             f"{row['bytes']:,}",
             f"{row['dense_bytes']:,}",
             f"{row['load_seconds']:.2f} s",
