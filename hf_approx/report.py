@@ -8,6 +8,8 @@ from torch import Tensor
 
 from hf_approx.methods import Method
 
+REPORT_FILE = "approx_report.json"
+
 
 def kind_of(name: str) -> str:
     """What a layer is within its block: the name after the last number, without `weight`."""
