@@ -58,7 +58,11 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     config, report = _read_object(folder / "config.json"), _read_object(folder / REPORT_FILE)
     architecture = str((config.get("architectures") or [""])[0])
     try:
-        about = {"task": task_of(architecture), "model_name": folder.resolve().name, **report.get("about", {})}
+        about = {
+            "task": task_of(architecture),
+            "model_name": one_line(folder.resolve().name),
+            **report.get("about", {}),
+        }
         disk = sum(path.stat().st_size for path in weight_files(folder))
         metrics = report.get("evaluation", {}).get("metrics", {})
         data = _metadata(about, report, metrics)
@@ -67,6 +71,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "metadata": Markup(data.to_yaml()),
             "marker": Markup(MARKER),
             "model_name": about["model_name"],
+            "note": about.get("note"),
             "base_model": about.get("base_model"),
             "steps": about.get("steps"),
             "labels": _label_names(config),
@@ -97,10 +102,14 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     return str(ModelCard(environment.from_string(_template()).render(values)))
 
 
+def one_line(text: str) -> str:
+    """The text in one line: line breaks, control and formatting codes and other invisible characters become spaces."""
+    return " ".join("".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in text).split())
+
+
 def escape(value: object) -> str:
     """One line of text that markdown, its tables and HTML show as it is, without links, emphasis or control codes."""
-    text = "".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in str(value))
-    return _UNSAFE.sub(lambda match: f"&#{ord(match[0])};", " ".join(text.split()))
+    return _UNSAFE.sub(lambda match: f"&#{ord(match[0])};", one_line(str(value)))
 
 
 def task_of(architecture: str) -> str | None:
@@ -133,18 +142,24 @@ def _template() -> str:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
+    """A JSON object, every text in it in one line; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        # Half a surrogate pair is legal in JSON's escapes and in no file.
-        data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+        data = _in_lines(json.loads(path.read_text(encoding="utf-8")))
     except ValueError:
         raise ValueError(f"{path} is not JSON.") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a JSON object.")
     return data
+
+
+def _in_lines(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {one_line(key): _in_lines(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_in_lines(value) for value in data]
+    return one_line(data) if isinstance(data, str) else data
 
 
 def _metadata(about: Mapping[str, Any], report: Mapping[str, Any], metrics: Mapping[str, Any]) -> ModelCardData:
@@ -169,7 +184,7 @@ def _metadata(about: Mapping[str, Any], report: Mapping[str, Any], metrics: Mapp
         language=about.get("language"),
         datasets=about.get("datasets"),
         pipeline_tag=task,
-        tags=["hf_approx", *_used(report), *about.get("tags", ())],
+        tags=["hf_approx", *filter(None, [*_used(report), *about.get("tags", ())])],
         eval_results=results or None,
         model_name=about["model_name"] if results else None,
     )

@@ -31,7 +31,7 @@ class HubMixin:
     Attributes:
         about: What the model card says and the trainer cannot know, or guesses wrong: `model_name`, `repo_id`,
             `base_model`, `license`, `language`, `tags`, `task`, `datasets` (Hub ids), `dataset_name`, `dataset_type`,
-            `dataset_config`, `dataset_split`.
+            `dataset_config`, `dataset_split`, and a `note` to begin with.
     """
 
     approx_report: dict[str, Any]
