@@ -115,7 +115,7 @@ def escape(value: object) -> str:
 def task_of(architecture: str) -> str | None:
     """The Hub's name of the task that a class of transformers is for, as far as transformers knows."""
     for task, classes in TASK_MAPPING.items():
-        for names in classes.values():
+        for names in dict(classes).values():
             if architecture in ((names,) if isinstance(names, str) else names):
                 return task
     return None

@@ -13,7 +13,7 @@ from huggingface_hub import (
     hf_hub_download,
     is_offline_mode,
 )
-from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
 from huggingface_hub.utils import httpx
 
 from hf_approx.cards import CARD_FILE, PICTURES, render_card
@@ -118,6 +118,8 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         commit = api.model_info(repo_id, revision=revision).sha
         config = hf_hub_download(repo_id, constants.CONFIG_NAME, revision=commit, token=token)
         files = api.get_safetensors_metadata(repo_id, revision=commit).files_metadata
+    except HFValidationError:
+        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
     except HfHubHTTPError as error:
         raise FileNotFoundError(" ".join(str(error).split())) from None
     except httpx.HTTPError as error:

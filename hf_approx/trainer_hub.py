@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +43,7 @@ class HubMixin:
         trainer = cast(Trainer, self)
         metrics = super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
         if self._finalized and not trainer.is_in_train:
-            data = trainer.eval_dataset if eval_dataset is None else eval_dataset
+            data: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
             counted = has_length(data) and not isinstance(data, (dict, str))
             names = [name for name in metrics if not name.endswith(NOT_MEASUREMENTS)]
             self._measured = {
@@ -91,7 +90,7 @@ class HubMixin:
         revision: str | None = None,
         private: bool | None = None,
         **kwargs: Any,
-    ) -> CommitInfo | Future[CommitInfo] | None:
+    ) -> CommitInfo:
         """Save to the output folder and push that in one commit; see `hf_approx.hub.push_folder`.
 
         Args:
@@ -103,7 +102,7 @@ class HubMixin:
             kwargs: Arguments of `create_model_card`.
 
         Returns:
-            The commit; on other processes than the first, nothing.
+            The commit; as with `Trainer`, a future if not blocking, and None on other processes than the first.
 
         Raises:
             ValueError: Training has not ended.
@@ -115,7 +114,7 @@ class HubMixin:
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
-            return None
+            return cast(CommitInfo, None)
         base = self._description()["base_model"]
         if base is not None and "license" not in self.about:
             self.about["license"] = license_of(base)
@@ -130,7 +129,7 @@ class HubMixin:
             token=token or args.hub_token,
             message=commit_message or "End of training",
         )
-        return push() if blocking else HfApi().run_as_future(push)
+        return push() if blocking else cast(CommitInfo, HfApi().run_as_future(push))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: checkpoints of unfinished training are no models, and hold pickles. The finished one is pushed."""
@@ -146,7 +145,7 @@ class HubMixin:
             "base_model": base if base and not Path(base).exists() else None,
             "steps": trainer.state.global_step,
         }
-        data = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+        data: Any = trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
         if is_hf_dataset(data) and data.builder_name not in (None, *FILE_LOADERS):
             guess["dataset_name"] = guess["dataset_type"] = data.builder_name
             guess["dataset_config"] = data.config_name
