@@ -114,8 +114,9 @@ def escape(value: object) -> str:
 
 def task_of(architecture: str) -> str | None:
     """The Hub's name of the task that a class of transformers is for, as far as transformers knows."""
-    for task, classes in TASK_MAPPING.items():
-        for names in dict(classes).values():
+    tasks: Mapping[str, Any] = TASK_MAPPING
+    for task, classes in tasks.items():
+        for names in classes.values():
             if architecture in ((names,) if isinstance(names, str) else names):
                 return task
     return None

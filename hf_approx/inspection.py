@@ -139,7 +139,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         PackedFormatError: The config or a weight file is damaged.
         FileNotFoundError: There is no safetensors file.
     """
-    stored = {}
+    packing, stored = read_packing(folder), {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -148,7 +148,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
                     stored[name] = (part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:
             raise PackedFormatError(f"{path} is damaged: {error}") from None
-    return describe_tensors(stored, read_packing(folder))
+    return describe_tensors(stored, packing)
 
 
 def describe_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], packing: ApproxConfig | None) -> Inspection:

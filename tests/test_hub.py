@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import torch
-from hub_server import Hub, Repo
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -17,6 +16,7 @@ from helpers import ROOT
 from hf_approx import attach_packing
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.targets import select_modules
+from hub_server import Blob, Hub, Repo
 from models import build
 
 TOKEN = "hf_secretOfMe"
@@ -217,11 +217,12 @@ def test_a_cut_connection_and_a_retry(hub, cli, folder):
     assert not (folder / "README.md").exists()
 
 
-def test_two_pushes_at_once_leave_one_of_them(hub, start, cli, folder, tmp_path):
+def test_two_pushes_at_once_leave_one_of_them(hub, start, folder, tmp_path):
     other = tmp_path / "other"
     zeroed(build("bert", seed=1), 1).save_pretrained(other, max_shard_size="8KB")
     assert not (other / WEIGHTS).exists()
-    cli(["push", folder, "me/both"], token=TOKEN)
+    repo = hub.repos["me/both"] = Repo("me/both", False)
+    repo.add("main", "old", {"model-00009-of-00009.safetensors": Blob(b"old", True), "notes.md": Blob(b"kept", False)})
     shutil.copytree(folder, tmp_path / "changed")
     (tmp_path / "changed" / "notes.txt").write_text("changed")
     barrier = threading.Barrier(2)
@@ -232,8 +233,9 @@ def test_two_pushes_at_once_leave_one_of_them(hub, start, cli, folder, tmp_path)
         out, err = process.communicate(timeout=300)
         assert json.loads(out.splitlines()[-1])[0][0] == 0, out + err
     assert hub.barriers == []
-    history = hub.repos["me/both"].history()
-    assert len(history) == 4
+    history = repo.history()
+    assert len(history) == 3
+    assert all(commit.files["notes.md"].data == b"kept" for commit in history)
     weights = [{n: b.data for n, b in c.files.items() if "safetensors" in n or n == "config.json"} for c in history]
     for commit in weights[:2]:
         assert commit in [{n: d for n, d in contents(source).items() if n != "notes.txt"} for source in sources]
