@@ -30,7 +30,6 @@ from hf_approx.packing import PackedFormatError
 from hf_approx.report import REPORT_FILE
 
 ARGUMENTS_FILE = "training_args.json"
-CONFLICT = 412
 ATTEMPTS = 10
 
 # What an earlier push may have left that would be wrong, or unused, beside the files of this one.
@@ -182,8 +181,8 @@ def _push(
                 repo_id, [*additions, *stale], commit_message=message, revision=revision, parent_commit=head.sha
             )
             break
-        except HfHubHTTPError as error:
-            if error.response.status_code != CONFLICT or attempt == ATTEMPTS - 1:
+        except HfHubHTTPError:
+            if attempt == ATTEMPTS - 1 or api.model_info(repo_id, revision=revision).sha == head.sha:
                 raise
     return Pushed(list(files), sum(a.upload_info.size for a in additions), commit)
 

@@ -296,13 +296,13 @@ class Handler(BaseHTTPRequestHandler):
             head = found.at(revision)
             if revision not in found.branches:
                 raise HubError(400, f"{revision} is no branch")
-            files, header = dict(head.files), {}
-            for line in self.body.splitlines():
-                item = json.loads(line)
+            files = dict(head.files)
+            header, *items = map(json.loads, self.body.splitlines())
+            if header["value"].get("parentCommit", head.oid) != head.oid:
+                raise HubError(412, "A commit has happened since. Please refresh and try again.")
+            for item in items:
                 value = item["value"]
-                if item["key"] == "header":
-                    header = value
-                elif item["key"] == "file":
+                if item["key"] == "file":
                     files[value["path"]] = Blob(base64.b64decode(value["content"], validate=True), False)
                 elif item["key"] == "lfsFile":
                     data = self.hub.large.get(value["oid"])
@@ -314,9 +314,7 @@ class Handler(BaseHTTPRequestHandler):
                         raise HubError(404, "A file with this name doesn't exist", "EntryNotFound")
                 else:
                     raise HubError(400, f"unknown operation {item['key']}")
-            if header.get("parentCommit", head.oid) != head.oid:
-                raise HubError(412, "A commit has happened since. Please refresh and try again.")
-            oid = found.add(revision, header["summary"], files)
+            oid = found.add(revision, header["value"]["summary"], files)
         return 200, {"commitUrl": f"{self.hub.url}/{repo}/commit/{oid}", "commitOid": oid, "hookOutput": ""}
 
     def lfs_batch(self, repo):
