@@ -13,8 +13,13 @@ from huggingface_hub import (
     hf_hub_download,
     is_offline_mode,
 )
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError, SafetensorsParsingError
-from huggingface_hub.utils import httpx
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the HTTP library that this version of the client is built on
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
 
 from hf_approx.cards import CARD_FILE, PICTURES, render_card
 from hf_approx.inspection import (
@@ -33,7 +38,14 @@ ARGUMENTS_FILE = "training_args.json"
 ATTEMPTS = 10
 
 # What an earlier push may have left that would be wrong, or unused, beside the files of this one.
-STALE = ("*.safetensors", "*.safetensors.index.json", REPORT_FILE, ARGUMENTS_FILE, "training_args.bin", *PICTURES)
+STALE = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    REPORT_FILE,
+    ARGUMENTS_FILE,
+    "training_args.bin",
+    *PICTURES,
+)
 # State of a training, not of the model.
 PRIVATE = ("trainer_state.json", "approx_state.json", ".*")
 
@@ -94,7 +106,7 @@ def push_folder(
     api = HfApi(token=token)
     try:
         return _push(api, files, repo_id, private, revision, message)
-    except (httpx.HTTPError, RuntimeError) as error:
+    except (HTTPError, RuntimeError) as error:
         # An upload that failed says which file it was of, and its cause says why.
         parts = [str(part) for part in (error, error.__cause__ if isinstance(error, RuntimeError) else None) if part]
         text = " ".join(" ".join(parts).split()).replace(token or "\0", "<token>")
@@ -121,7 +133,7 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
     except HfHubHTTPError as error:
         raise FileNotFoundError(" ".join(str(error).split())) from None
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise ConnectionError(f"'{repo_id}' cannot be reached: {error}") from None
     except NotASafetensorsRepoError:
         raise FileNotFoundError(f"'{repo_id}' has no safetensors files.") from None
@@ -136,7 +148,7 @@ def license_of(repo_id: str) -> str | None:
     """The license a Hub model declares, if that can be found out."""
     try:
         data = HfApi().model_info(repo_id).card_data
-    except (httpx.HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError):
         return None
     license_ = None if data is None else data.get("license")
     return license_ if isinstance(license_, str) else None
@@ -153,8 +165,8 @@ def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
         weights.add(constants.SAFETENSORS_INDEX_FILE)
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.iterdir()):
-        is_index = _matches(path.name, ("*.safetensors.index.json",))
-        other = path.name == CARD_FILE or path.name in PICTURES or (path.suffix in COMPANIONS and not is_index)
+        companion = path.suffix in COMPANIONS and not path.name.endswith(".index.json")
+        other = path.name == CARD_FILE or path.name in PICTURES or companion
         if path.is_file() and not _matches(path.name, PRIVATE) and (other or path.name in weights):
             files[path.name] = str(path)
     if CARD_FILE not in files:

@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertForSequenceClassification
 
-from helpers import ROOT
-from hf_approx import attach_packing
+from helpers import ROOT, make_trainer
+from hf_approx import MagnitudePruningConfig, attach_packing
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.targets import select_modules
 from hub_server import Blob, Hub, Repo
@@ -296,3 +296,10 @@ def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
     assert sorted(seen["tensors"], key=str) == sorted(here["tensors"], key=str)
     assert 0 < hub.sent[WEIGHTS] <= 100_001 < (tmp_path / "big" / WEIGHTS).stat().st_size / 2
     assert set(hub.sent) == {"config.json", WEIGHTS}
+
+
+def test_only_a_finished_model_is_pushed(tmp_path):
+    trainer = make_trainer("bert", tmp_path, approx=MagnitudePruningConfig(target_sparsity=0.5))
+    with pytest.raises(ValueError, match="train first"):
+        trainer.push_to_hub()
+    assert list(tmp_path.iterdir()) == []
