@@ -1,4 +1,4 @@
-"""The command line: train, compress, inspect and decompress."""
+"""The command line: train, compress, inspect, decompress, card and push."""
 
 import json
 import shutil
@@ -15,7 +15,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 import hf_approx
+from hf_approx.cards import CARD_FILE, write_card
 from hf_approx.checkpoint import attach_packing
+from hf_approx.hub import inspect_repo, push_folder
 from hf_approx.inspection import COMPANIONS, Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
 from hf_approx.plots import plot_layers
 
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 
 Source = Annotated[str, typer.Argument(help="Folder of a saved model, or a Hub repository id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository; default main.")]
+Token = Annotated[str | None, typer.Option(help="Default: that of HF_TOKEN or `hf auth login`.", show_default=False)]
 Output = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")]
 
 
@@ -80,9 +84,15 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw sparsity and bits of every layer into this file.")
     ] = None,
+    revision: Revision = None,
+    token: Token = None,
 ) -> None:
-    """Show shape, sparsity, bits and bytes of every tensor, and totals against dense."""
-    result = inspect_checkpoint(find_checkpoint(source))
+    """Show shape, sparsity, bits and bytes of every tensor, and totals against dense.
+
+    Of a repository only the config and the headers of the weight files are read.
+    """
+    folder = Path(source)
+    result = inspect_checkpoint(find_checkpoint(source)) if folder.exists() else inspect_repo(source, revision, token)
     if plot is not None:
         plot_layers(result, plot)
     if as_json:
@@ -107,6 +117,27 @@ def decompress(source: Source, output: Output) -> None:
     model.dequantize()
     _write(model, folder, output)
     print(f"Wrote {output}: {inspect_checkpoint(output).bytes:,} bytes of dense tensors.")
+
+
+@app.command()
+def card(folder: Annotated[Path, typer.Argument(help="A saved model.")]) -> None:
+    """Write the model card, README.md, of a saved model, unless one was written by hand."""
+    if not write_card(find_checkpoint(str(folder))):
+        raise ValueError(f"'{folder / CARD_FILE}' was not written by hf_approx; move it away first.")
+    print(f"Wrote {folder / CARD_FILE}.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved model.")],
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created if it does not exist.")] = None,
+    token: Token = None,
+    message: Annotated[str, typer.Option(help="Title of the commit.")] = "Upload model",
+) -> None:
+    """Push a saved model to the Hub, with its model card, in one commit."""
+    print(push_folder(folder, repo_id, private=private or None, revision=revision, token=token, message=message))
 
 
 def _check_output(output: Path) -> None:
@@ -192,5 +223,5 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         return app(argv)
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return sys.exit(1)

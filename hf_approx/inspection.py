@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,25 +170,38 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         PackedFormatError: The config or a weight file is damaged.
         FileNotFoundError: There is no safetensors file.
     """
-    packing = read_packing(folder)
-    specs = packing.tensors if packing else {}
-    rows = []
-    for path in _weight_files(folder):
+    packing, stored = read_packing(folder), {}
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
                     part = file.get_slice(name)
-                    rows.append(_row(name, tuple(part.get_shape()), part.get_dtype(), specs.get(name)))
+                    stored[name] = (part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:
             raise PackedFormatError(f"{path} is damaged: {error}") from None
-    missing = set(specs) - {row.name for row in rows}
+    return describe_tensors(stored, packing)
+
+
+def describe_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], packing: ApproxConfig | None) -> Inspection:
+    """What the headers of weight files say, under the light of the config.
+
+    Args:
+        stored: Dtype (in safetensors' notation) and shape of every stored tensor, by name.
+        packing: The packing part of the config, if there is one.
+
+    Raises:
+        PackedFormatError: They contradict each other.
+    """
+    specs = packing.tensors if packing else {}
+    rows = [_row(name, shape, dtype, specs.get(name)) for name, (dtype, shape) in stored.items()]
+    missing = set(specs) - set(stored)
     if missing:
         raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
     bound = sum(spec.bound_bytes for spec in specs.values())
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files transformers would read: other safetensors files in the folder are none of the model's."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():

@@ -9,6 +9,8 @@ from torch import Tensor
 from hf_approx.methods import Method
 from hf_approx.packing import Grid, expand
 
+REPORT_FILE = "approx_report.json"
+
 
 def kind_of(name: str) -> str:
     """What a layer is within its block: the name after the last number, without `weight`."""

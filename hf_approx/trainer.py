@@ -1,6 +1,5 @@
 """Trainers that compress while they fine-tune."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -23,19 +22,16 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
-from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid
-from hf_approx.plots import plot_layers
 from hf_approx.report import Recorder, average_bits, describe_layers
-from hf_approx.report_plots import has_history, plot_training
+from hf_approx.trainer_hub import HubMixin
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "approx_state.json"
-REPORT_FILE = "approx_report.json"
 
 
 class _Schedule(TrainerCallback):
@@ -58,7 +54,7 @@ class _Schedule(TrainerCallback):
             method.on_gradients()
 
 
-class ApproxTrainerMixin:
+class ApproxTrainerMixin(HubMixin):
     """Adds compression methods and AvaGrad to a `Trainer`.
 
     Args:
@@ -90,6 +86,8 @@ class ApproxTrainerMixin:
         self.methods: list[Method] = [config.build() for config in configs]
         self.store_dtype = store_dtype
         self.approx_report: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        self._measured: dict[str, Any] = {}
         self._finalized = not self.methods
         self._repack: list[str] = []
         self._grids: dict[str, Grid] = {}
@@ -210,6 +208,7 @@ class ApproxTrainerMixin:
         """Train, then finalize: bake the methods into the weights and make saving write them packed."""
         self._unpack()
         self.forget_evaluation()
+        self._measured = {}
         output = super().train(*args, **kwargs)  # type: ignore[misc]
         if not self._finalized or self._repack:
             self.finalize()
@@ -235,8 +234,13 @@ class ApproxTrainerMixin:
                 for method in self.methods:
                     method.settle()
             reports = {label: method.report() for label, method in self._recorder.methods.items()}
-            self.approx_report["methods"] = [{"label": label, **report} for label, report in reports.items()]
+            self.approx_report["methods"] = [
+                {"label": label, **report, "settings": _identity(self._recorder.methods[label])["config"]}
+                for label, report in reports.items()
+            ]
             self.approx_report["history"] = self._recorder.history
+            if self._avagrad is not None:
+                self.approx_report["optimizer"] = {"method": "avagrad", **_plain(asdict(self._avagrad))}
             names += [name for method in reversed(self.methods) for name in method.bake()]
             for method in sorted(self.methods, key=lambda method: method.renames):
                 names = method.remove(names)
@@ -295,8 +299,10 @@ class ApproxTrainerMixin:
         folder = output_dir or trainer.args.output_dir or "."
         if self._finalized or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
-            if self.approx_report and trainer.args.should_save:
-                self._save_report(Path(folder))
+            if trainer.args.should_save:
+                self._save_arguments(Path(folder))
+                if self.approx_report:
+                    self._save_report(Path(folder))
             return
         # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
         # shape, in processes without hf_approx too, instead of starting from random weights.
@@ -308,17 +314,8 @@ class ApproxTrainerMixin:
             super()._save(output_dir, state)  # type: ignore[misc]
         finally:
             del model.config.quantization_config
-
-    def _save_report(self, folder: Path) -> None:
-        """The report as JSON and, where matplotlib is installed, as pictures."""
-        (folder / REPORT_FILE).write_text(json.dumps(self.approx_report, indent=2) + "\n", encoding="utf-8")
-        if importlib.util.find_spec("matplotlib") is None:
-            return
-        if has_history(self.approx_report):
-            plot_training(self.approx_report, folder / "training.png")
-        inspection = inspect_checkpoint(folder) if (folder / "config.json").is_file() else None
-        if inspection is not None and inspection.packed_bytes:
-            plot_layers(inspection, folder / "layers.png")
+        if trainer.args.should_save:
+            self._save_arguments(Path(folder))
 
     def _plain_names(self) -> list[str]:
         return [f"{name}.weight" for method in self.methods for name in method.modules]
@@ -385,9 +382,14 @@ def _read_json(path: str) -> Any:
 
 
 def _identity(method: Method) -> dict[str, Any]:
-    """What a method must have in common with the checkpoint it resumes from, as it looks once read from JSON."""
+    """What a method must have in common with the checkpoint it resumes from."""
     identity = {"name": method.name, "modules": list(method.modules), "config": asdict(method.config)}
-    return cast(dict[str, Any], json.loads(json.dumps(identity)))
+    return _plain(identity)
+
+
+def _plain(data: dict[str, Any]) -> dict[str, Any]:
+    """As it looks once read from JSON."""
+    return cast(dict[str, Any], json.loads(json.dumps(data)))
 
 
 class ApproxTrainer(ApproxTrainerMixin, Trainer):

@@ -48,6 +48,7 @@ class RecipeConfig:
         approx: Methods in order: each `{method: NAME, ...fields of its config}`.
         store_dtype: Dtype of the stored weights.
         baseline: Also train the dense model, with the same settings.
+        card: What the model card says and no trainer can know; see `ApproxTrainer.about`.
     """
 
     model: str
@@ -65,6 +66,7 @@ class RecipeConfig:
     approx: list[dict[str, Any]] = field(default_factory=list)
     store_dtype: str | None = "float16"
     baseline: bool = True
+    card: dict[str, Any] = field(default_factory=dict)
 
     def methods(self) -> list[MethodConfig]:
         """The method configs; raises `ConfigError` for an unknown method or field."""

@@ -90,6 +90,7 @@ class Recipe:
         )
         # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
         trainer.model_accepts_loss_kwargs = False
+        trainer.about.update({"dataset_split": config.eval_split, **config.card})
         return trainer
 
     def train(self, name: str, trainer: ApproxTrainer, checkpoint: str | None) -> dict[str, Any]:

@@ -1,0 +1,305 @@
+"""Pushing and loading through the real client, in processes of their own, against a Hub on this machine."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import BertConfig, BertForSequenceClassification
+
+from helpers import ROOT, make_trainer
+from hf_approx import MagnitudePruningConfig, attach_packing
+from hf_approx.inspection import inspect_checkpoint
+from hf_approx.targets import select_modules
+from hub_server import Blob, Hub, Repo
+from models import build
+
+TOKEN = "hf_secretOfMe"
+WEIGHTS = "model.safetensors"
+
+CLI = """
+import contextlib, io, json, sys
+from hf_approx.cli import main
+
+results = []
+for args in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as exit_:
+            code = exit_.code
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+TRAIN = """
+import json, sys, torch
+from pathlib import Path
+from helpers import make_trainer
+from hf_approx import AvaGradConfig, SparsificationConfig
+from models import batch, dataset
+from transformers import BertTokenizerFast
+
+folder = Path(sys.argv[1])
+(folder / "vocabulary").write_text("\\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good"]))
+trainer = make_trainer(
+    "bert",
+    folder / "model",
+    approx=SparsificationConfig(target_sparsity=0.8),
+    optimizer=AvaGradConfig(lr=0.1),
+    eval_dataset=dataset("bert", 8),
+    hub_token=sys.argv[2],
+    hub_model_id="me/tiny",
+    hub_private_repo=True,
+    hub_strategy="every_save",
+    save_strategy="steps",
+    save_steps=4,
+)
+trainer.processing_class = BertTokenizerFast(vocab=str(folder / "vocabulary"))
+trainer.about["dataset_name"] = "noise"
+trainer.train()
+trainer.evaluate()
+commit = trainer.push_to_hub(license="mit", tags="small")
+trainer.model.push_to_hub("me/plain", token=sys.argv[2])
+model = trainer.model.eval()
+with torch.no_grad():
+    torch.save(model(**batch("bert")).logits, folder / "logits.pt")
+print(json.dumps({"oid": commit.oid, "accuracy": trainer.approx_report["evaluation"]["metrics"]}))
+"""
+
+LOAD = """
+import sys, torch
+import hf_approx
+from models import batch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+assert AutoTokenizer.from_pretrained(sys.argv[2]).tokenize("good") == ["good"]
+for name in sys.argv[2:]:
+    model = AutoModelForSequenceClassification.from_pretrained(name).eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch("bert")).logits, torch.load(sys.argv[1])), name
+    assert (model.bert.encoder.layer[0].output.dense.weight == 0).float().mean() > 0.5
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub({TOKEN: "me", "hf_other": "you"}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def start(hub, tmp_path):
+    """Start a process with an empty HF_HOME that knows this Hub and, by default, no token."""
+
+    def run(code, *args, token=None):
+        home = tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
+        home.mkdir()
+        env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE")}
+        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        env |= {"PYTHONPATH": str(ROOT / "tests"), **({"HF_TOKEN": token} if token else {})}
+        command = [sys.executable, "-c", code, *map(str, args)]
+        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return run
+
+
+@pytest.fixture
+def run(start):
+    """Run such a process; returns what it printed."""
+
+    def finished(*args, **kwargs):
+        process = start(*args, **kwargs)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        return out, err
+
+    return finished
+
+
+@pytest.fixture
+def cli(run):
+    """Call the command line in one process, once for each list of arguments."""
+
+    def calls(*commands, token=None):
+        out, _ = run(CLI, json.dumps([[str(arg) for arg in args] for args in commands]), token=token)
+        return json.loads(out.splitlines()[-1])
+
+    return calls
+
+
+def zeroed(model, seed):
+    torch.manual_seed(seed)
+    names = [f"{name}.weight" for name in select_modules(model)]
+    with torch.no_grad():
+        for name in names:
+            param = model.get_parameter(name)
+            param.mul_(torch.rand_like(param) >= 0.8)
+    attach_packing(model, names)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A packed model as `compress` leaves it: without card, report or pictures."""
+    path = tmp_path_factory.mktemp("hub") / "packed"
+    zeroed(build("bert"), 0).save_pretrained(path)
+    return path
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def files(hub, repo, revision="main"):
+    return {name: blob.data for name, blob in hub.repos[repo].at(revision).files.items()}
+
+
+def test_trained_pushed_loaded_elsewhere(hub, run, tmp_path):
+    out, err = run(TRAIN, tmp_path, TOKEN)
+    told = json.loads(out.splitlines()[-1])
+    repo, model = hub.repos["me/tiny"], files(hub, "me/tiny")
+    assert repo.private
+    assert [commit.title for commit in repo.history()] == ["End of training", "initial commit"]
+    assert repo.branches["main"] == told["oid"]
+    expected = {".gitattributes", "README.md", "approx_report.json", "config.json", "layers.png", WEIGHTS}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "training.png", "training_args.json"}
+    assert set(model) == expected
+    assert json.loads(model["config.json"])["quantization_config"]["tensors"]
+    size = sum(len(data) for name, data in model.items() if name != ".gitattributes")
+    (line,) = [line for line in out.splitlines() if line.startswith("Pushed")]
+    assert line == f"Pushed 9 files, {size:,} bytes: {hub.url}/me/tiny/commit/{told['oid']}"
+
+    card = ModelCard(model["README.md"].decode())
+    assert card.data.license == "mit"
+    assert card.data.tags == ["hf_approx", "sparsification", "avagrad", "small"]
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == told["accuracy"]
+    assert 'from_pretrained("me/tiny")' in card.text
+    assert json.loads(model["training_args.json"])["max_steps"] == 8
+
+    # transformers' own way pushes the same weights, packed, in one commit.
+    assert len(hub.repos["me/plain"].history()) == 2
+    assert files(hub, "me/plain")[WEIGHTS] == model[WEIGHTS]
+    assert set(files(hub, "me/plain")) == {".gitattributes", "README.md", "config.json", WEIGHTS}
+
+    # The token is nowhere: not printed, not in any file here or there, checkpoints and logs included.
+    assert TOKEN not in out + err
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("checkpoint-4" in path.parts for path in written)
+    assert [path for path in written if TOKEN.encode() in path.read_bytes()] == []
+    assert [
+        name for r in hub.repos.values() for n, d in files(hub, r.id).items() if TOKEN.encode() in d for name in [n]
+    ] == []
+
+    run(LOAD, tmp_path / "logits.pt", "me/tiny", "me/plain", token=TOKEN)
+
+
+def test_a_cut_connection_and_a_retry(hub, cli, folder):
+    hub.cuts = {"PUT /lfs/": 1, "POST .*/commit/": 1}
+    puts = len([path for method, path in hub.requests if method == "PUT"])
+    (refused, pushed) = cli(["push", folder, "me/cut"], ["push", folder, "me/cut"], token=TOKEN)
+    assert refused[0] == 1
+    assert refused[2].splitlines()[-1].startswith("error: Nothing was pushed to 'me/cut': ")
+    assert pushed[0] == 0, pushed[2]
+    assert hub.cuts == {"PUT /lfs/": 0, "POST .*/commit/": 0}
+    # The client repeats an upload that was cut; what was uploaded once is not uploaded again.
+    assert len([path for method, path in hub.requests if method == "PUT"]) == puts + 2
+    assert len(hub.repos["me/cut"].history()) == 2
+    there = files(hub, "me/cut")
+    assert {name: there[name] for name in contents(folder)} == contents(folder)
+    assert "import hf_approx" in there["README.md"].decode()
+    assert not (folder / "README.md").exists()
+
+
+def test_two_pushes_at_once_leave_one_of_them(hub, start, folder, tmp_path):
+    other = tmp_path / "other"
+    zeroed(build("bert", seed=1), 1).save_pretrained(other, max_shard_size="8KB")
+    assert not (other / WEIGHTS).exists()
+    repo = hub.repos["me/both"] = Repo("me/both", False)
+    repo.add("main", "old", {"model-00009-of-00009.safetensors": Blob(b"old", True), "notes.md": Blob(b"kept", False)})
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / "notes.txt").write_text("changed")
+    barrier = threading.Barrier(2)
+    hub.barriers = [barrier, barrier]
+    sources = [other, tmp_path / "changed"]
+    running = [start(CLI, json.dumps([["push", str(source), "me/both"]]), token=TOKEN) for source in sources]
+    for process in running:
+        out, err = process.communicate(timeout=300)
+        assert json.loads(out.splitlines()[-1])[0][0] == 0, out + err
+    assert hub.barriers == []
+    history = repo.history()
+    assert len(history) == 3
+    assert all(commit.files["notes.md"].data == b"kept" for commit in history)
+    weights = [{n: b.data for n, b in c.files.items() if "safetensors" in n or n == "config.json"} for c in history]
+    for commit in weights[:2]:
+        assert commit in [{n: d for n, d in contents(source).items() if n != "notes.txt"} for source in sources]
+    assert weights[0] != weights[1]
+
+
+def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
+    for name, private in (("me/secret", True), ("me/public", False)):
+        hub.repos[name] = Repo(name, private)
+        hub.repos[name].add("main", "initial commit", {})
+    before = {name: dict(repo.branches) for name, repo in hub.repos.items()}
+    (tmp_path / "unfinished").mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"training": True, "tensors": {}}
+    (tmp_path / "unfinished" / "config.json").write_text(json.dumps(config))
+    wrong = "hf_wrongToken"
+    commands = {
+        "Repository Not Found": ["inspect", "me/secret"],
+        "Invalid credentials": ["inspect", "me/public", "--token", wrong],
+        "Invalid username": ["push", folder, "me/new"],
+        "Invalid credentials ": ["push", folder, "me/new", "--token", wrong],
+        "don't have the rights": ["push", folder, "you/new", "--token", TOKEN],
+        "exists and is public": ["push", folder, "me/public", "--private", "--token", TOKEN],
+        "characters that no token has": ["push", folder, "me/new", "--token", f"{TOKEN}\n"],
+        "is no folder": ["push", tmp_path / "nowhere", "me/new", "--token", TOKEN],
+        "unfinished training": ["push", tmp_path / "unfinished", "me/new", "--token", TOKEN],
+        "Repo id": ["push", folder, "me/../new", "--token", TOKEN],
+        "neither a folder nor": ["inspect", "../nowhere/x"],
+        "Entry Not Found": ["inspect", "me/public", "--token", TOKEN],
+    }
+    for expected, (code, out, err) in zip(commands, cli(*commands.values()), strict=True):
+        assert (code, out) == (1, ""), (expected, out, err)
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+        assert expected.strip() in err
+        assert TOKEN not in err
+        assert wrong not in err
+    assert {name: repo.branches for name, repo in hub.repos.items()} == before
+
+
+def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
+    shape = {"hidden_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 640}
+    model = BertForSequenceClassification(BertConfig(vocab_size=48, max_position_embeddings=32, **shape))
+    zeroed(model, 0).save_pretrained(tmp_path / "big")
+    hub.sent.clear()
+    results = cli(
+        ["push", folder, "me/branches"],
+        ["push", tmp_path / "big", "me/branches", "--revision", "big"],
+        ["inspect", "me/branches", "--json", "--revision", "big"],
+        token=TOKEN,
+    )
+    assert [code for code, _, _ in results] == [0, 0, 0], results
+    assert files(hub, "me/branches")[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert files(hub, "me/branches", "big")[WEIGHTS] == (tmp_path / "big" / WEIGHTS).read_bytes()
+    seen = json.loads(results[2][1])
+    here = json.loads(json.dumps(inspect_checkpoint(tmp_path / "big").to_dict()))
+    assert seen["totals"] == here["totals"]
+    assert sorted(seen["tensors"], key=str) == sorted(here["tensors"], key=str)
+    assert 0 < hub.sent[WEIGHTS] <= 100_001 < (tmp_path / "big" / WEIGHTS).stat().st_size / 2
+    assert set(hub.sent) == {"config.json", WEIGHTS}
+
+
+def test_only_a_finished_model_is_pushed(tmp_path):
+    trainer = make_trainer("bert", tmp_path, approx=MagnitudePruningConfig(target_sparsity=0.5))
+    with pytest.raises(ValueError, match="train first"):
+        trainer.push_to_hub()
+    assert list(tmp_path.iterdir()) == []
