@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_approx.packing import DTYPES, PackedFormatError, TensorSpec, pack, rice, unpack
+from hf_approx.packing import DTYPES, PackedFormatError, SparseSpec, pack, rice, unpack
 
 
 @st.composite
@@ -27,7 +27,7 @@ def sparse_tensors(draw):
 @given(sparse_tensors())
 def test_round_trip_is_bit_exact_and_canonical(weight):
     packed, spec = pack(weight)
-    again = unpack(packed, TensorSpec.from_dict("w", spec.to_dict()))
+    again = unpack(packed, SparseSpec.from_dict("w", spec.to_dict()))
     assert again.dtype == weight.dtype
     assert torch.equal(again, weight)
     repacked, respec = pack(again)
@@ -40,8 +40,11 @@ def test_round_trip_is_bit_exact_and_canonical(weight):
 def test_any_set_of_positions_survives(positions, extra):
     ordered = np.array(sorted(positions), dtype=np.int64)
     numel = (int(ordered[-1]) if len(ordered) else 0) + 1 + extra
-    k, low, unary = rice.encode(ordered, numel)
-    assert np.array_equal(rice.decode(k, low, unary, len(ordered), numel), ordered)
+    parameters, low, unary = rice.encode([ordered, ordered[::2]])
+    counts = [len(ordered), len(ordered[::2])]
+    first, second = rice.decode(parameters, low, unary, counts, [numel, numel])
+    assert np.array_equal(first, ordered)
+    assert np.array_equal(second, ordered[::2])
 
 
 @settings(deadline=None, max_examples=200)
@@ -72,7 +75,7 @@ def test_a_hostile_entry_is_refused_or_harmless(data):
         "crc32": zlib.crc32(blob),
     }
     try:
-        spec = TensorSpec.from_dict("w", entry)
+        spec = SparseSpec.from_dict("w", entry)
         dense = unpack(torch.frombuffer(bytearray(blob) or bytearray(1), dtype=torch.uint8)[: len(blob)], spec)
     except PackedFormatError:
         return
@@ -99,14 +102,14 @@ def test_a_hostile_entry_is_refused_or_harmless(data):
 def test_impossible_entries_are_refused(field, value):
     good = pack(torch.eye(3, 4))[1].to_dict()
     with pytest.raises(PackedFormatError, match="'layer'"):
-        TensorSpec.from_dict("layer", {**good, field: value})
+        SparseSpec.from_dict("layer", {**good, field: value})
 
 
 def test_missing_and_unknown_fields_are_refused():
     good = pack(torch.eye(3))[1].to_dict()
     for bad in ({**good, "more": 1}, {k: v for k, v in good.items() if k != "nnz"}, None, []):
         with pytest.raises(PackedFormatError, match="must have the fields"):
-            TensorSpec.from_dict("layer", bad)
+            SparseSpec.from_dict("layer", bad)
 
 
 @pytest.mark.parametrize("density", [0.3, 0.1, 0.05, 0.02, 0.01])
@@ -116,6 +119,13 @@ def test_mask_is_within_three_percent_of_entropy(density):
     packed, spec = pack(weight.half())
     assert 8 * (packed.numel() - spec.value_bytes) <= 1.03 * spec.entropy_bits
     assert packed.numel() <= 1.02 * (spec.entropy_bits / 8 + spec.value_bytes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+def test_no_other_parameter_is_shorter(gaps):
+    lengths = [len(gaps) * (k + 1) + sum(gap >> k for gap in gaps) for k in range(20)]
+    assert rice.best_parameter(np.array(gaps)) == int(np.argmin(lengths))
 
 
 def test_a_dense_mask_costs_a_bit_a_weight():

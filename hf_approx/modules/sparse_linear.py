@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_approx.packing import TensorSpec, unpack_parts
+from hf_approx.packing import SparseSpec, unpack_parts
 
 MAX_DENSITY = 0.15
 """Above this density torch's dense product on a CPU is faster than its CSR product for some batch sizes."""
@@ -46,7 +46,7 @@ class SparseLinear(nn.Module):
     def __init__(
         self,
         packed: Tensor,
-        spec: TensorSpec,
+        spec: SparseSpec,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         transposed: bool,

@@ -1,15 +1,27 @@
 """The bytes of a compressed tensor: what is in them, how to write and read them exactly."""
 
-from hf_approx.packing.sparse import pack, unpack, unpack_parts
+from hf_approx.packing.grid import MAX_BITS, Grid, round_to_grid
+from hf_approx.packing.kinds import spec_from_dict
+from hf_approx.packing.quantized import QuantizedSpec, check_grid, pack_quantized, unpack_quantized
+from hf_approx.packing.sparse import SparseSpec, pack, unpack, unpack_parts
 from hf_approx.packing.spec import DTYPES, PackedFormatError, TensorSpec, dtype_from_name, dtype_name
 
 __all__ = [
     "DTYPES",
+    "MAX_BITS",
+    "Grid",
     "PackedFormatError",
+    "QuantizedSpec",
+    "SparseSpec",
     "TensorSpec",
+    "check_grid",
     "dtype_from_name",
     "dtype_name",
     "pack",
+    "pack_quantized",
+    "round_to_grid",
+    "spec_from_dict",
     "unpack",
     "unpack_parts",
+    "unpack_quantized",
 ]

@@ -1,11 +1,16 @@
 """What a file says about one packed tensor, checked before any byte of it is used."""
 
 import math
+import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -39,51 +44,52 @@ def dtype_from_name(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """How one weight is packed.
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec(ABC):
+    """How one weight is packed; each kind of packing has its own subclass with more fields.
 
     Attributes:
         shape: Shape of the dense weight.
-        dtype: Name of the stored values' dtype.
-        nnz: Number of kept weights.
-        rice: Parameter k of the Rice code of the mask; 0 is a plain bit mask.
+        dtype: Name of the dtype that a dense file would hold the weight in.
         nbytes: Length of the packed tensor in bytes.
         crc32: Checksum of those bytes.
     """
 
+    kind: ClassVar[str]
+
     shape: tuple[int, ...]
     dtype: str
-    nnz: int
-    rice: int
     nbytes: int
     crc32: int
 
     @property
     def numel(self) -> int:
-        """Number of weights, kept or not."""
+        """Number of weights, zero or not."""
         return math.prod(self.shape)
 
     @property
-    def value_bytes(self) -> int:
-        """Bytes of the kept values."""
-        return self.nnz * DTYPES[self.dtype].itemsize
+    def bits(self) -> float:
+        """Bits a weight on disk, everything included."""
+        return 8 * self.nbytes / self.numel
 
     @property
-    def remainder_bytes(self) -> int:
-        """Bytes of the fixed-width part of the mask."""
-        return (self.nnz * self.rice + 7) // 8
+    def dense_bytes(self) -> int:
+        """Bytes of the weight in a dense file."""
+        return self.numel * DTYPES[self.dtype].itemsize
 
     @property
-    def unary_bytes(self) -> int:
-        """Bytes of the variable-length part of the mask."""
-        return self.nbytes - self.value_bytes - self.remainder_bytes
+    @abstractmethod
+    def sparsity(self) -> float:
+        """Share of weights that are zero."""
 
     @property
-    def entropy_bits(self) -> float:
-        """Bits no code for a random mask of this density can go below: numel * H(density)."""
-        p = self.nnz / self.numel
-        return 0.0 if p in (0, 1) else -self.numel * (p * math.log2(p) + (1 - p) * math.log2(1 - p))
+    @abstractmethod
+    def bound_bytes(self) -> float:
+        """Bytes this kind of packing cannot go below."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `PackedFormatError` if the subclass's own fields are of the wrong type or impossible."""
 
     def check_stored(self, name: str, dtype: str, shape: Sequence[int]) -> None:
         """Compare with a safetensors header; raises `PackedFormatError` unless it is a row of `nbytes` bytes."""
@@ -92,45 +98,59 @@ class TensorSpec:
                 f"Packed weight '{name}' should be {self.nbytes} bytes, the file holds {dtype} {list(shape)}."
             )
 
+    def read(self, packed: Tensor) -> NDArray[np.uint8]:
+        """The bytes of the packed tensor; raises `PackedFormatError` unless they are those that were written."""
+        if packed.dtype != torch.uint8 or packed.dim() != 1:
+            raise PackedFormatError(f"expected a row of bytes, found {packed.dtype} of shape {list(packed.shape)}")
+        if packed.numel() != self.nbytes:
+            raise PackedFormatError(f"expected {self.nbytes} bytes, found {packed.numel()}")
+        data: NDArray[np.uint8] = packed.detach().to("cpu").contiguous().numpy()
+        if zlib.crc32(data.data) != self.crc32:
+            raise PackedFormatError("the bytes do not match their checksum")
+        return data
+
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
-        return {**asdict(self), "shape": list(self.shape)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, name: str, data: Any) -> "TensorSpec":
+    def from_dict(cls, name: str, data: Any) -> Self:
         """Read and check one entry of a config.
 
         Raises:
             PackedFormatError: A field is missing, unknown, of the wrong type or impossible.
         """
-        fields = ("shape", "dtype", "nnz", "rice", "nbytes", "crc32")
-        if not isinstance(data, dict) or set(data) != set(fields):
-            raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(fields)}.")
-
-        def whole(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool)
-
-        shape = data["shape"]
-        if not isinstance(shape, (list, tuple)) or not shape or not all(whole(d) and d > 0 for d in shape):
-            raise PackedFormatError(f"Packed weight '{name}': shape {shape} is not a list of positive integers.")
-        numel = math.prod(shape)
-        if numel > MAX_NUMEL:
-            raise PackedFormatError(f"Packed weight '{name}': shape {shape} is larger than any weight.")
-        if not isinstance(data["dtype"], str) or data["dtype"] not in DTYPES:
-            raise PackedFormatError(f"Packed weight '{name}': dtype {data['dtype']!r} is unknown.")
-        limits = {
-            "nnz": numel,
-            "rice": max(numel.bit_length() - 1, 0),
-            "nbytes": 9 * numel,
-            "crc32": 2**32 - 1,
-        }
-        for field, limit in limits.items():
-            if not whole(data[field]) or not 0 <= data[field] <= limit:
-                raise PackedFormatError(f"Packed weight '{name}': {field} is {data[field]!r}, expected 0 to {limit}.")
-        spec = cls(tuple(shape), *(data[field] for field in fields[1:]))
-        longest = ((numel >> spec.rice) + spec.nnz + 7) // 8
-        if not 0 <= spec.unary_bytes <= longest:
-            raise PackedFormatError(
-                f"Packed weight '{name}': {spec.nbytes} bytes cannot hold {spec.nnz} of {numel} weights."
-            )
+        known = [field.name for field in fields(cls)]
+        if not isinstance(data, dict) or set(data) != set(known):
+            raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(known)}.")
+        spec = cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in data.items()})
+        try:
+            check_shape("shape", spec.shape)
+            if spec.numel > MAX_NUMEL:
+                raise PackedFormatError(f"shape {list(spec.shape)} is larger than any weight.")
+            check_dtype("dtype", spec.dtype)
+            check_whole("nbytes", spec.nbytes, 16 * spec.numel)
+            check_whole("crc32", spec.crc32, 2**32 - 1)
+            spec.check()
+        except PackedFormatError as error:
+            raise PackedFormatError(f"Packed weight '{name}': {error}") from None
         return spec
+
+
+def check_whole(field: str, value: Any, limit: int) -> None:
+    """Raise `PackedFormatError` unless the value is an integer from 0 to `limit`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
+        raise PackedFormatError(f"{field} is {value!r}, expected 0 to {limit}.")
+
+
+def check_shape(field: str, value: Any) -> None:
+    """Raise `PackedFormatError` unless the value is a sequence of positive integers."""
+    if not isinstance(value, tuple) or not value or not all(type(d) is int and d > 0 for d in value):
+        raise PackedFormatError(f"{field} {value!r} is not a list of positive integers.")
+
+
+def check_dtype(field: str, value: Any) -> None:
+    """Raise `PackedFormatError` unless the value names a dtype that can be stored."""
+    if not isinstance(value, str) or value not in DTYPES:
+        raise PackedFormatError(f"{field} {value!r} is unknown.")
