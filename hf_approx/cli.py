@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 
 import hf_approx
 from hf_approx.checkpoint import attach_packing
-from hf_approx.inspection import COMPANIONS, Inspection, find_checkpoint, inspect_checkpoint, read_packing
-from hf_approx.plots import plot_sparsity
+from hf_approx.inspection import COMPANIONS, Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.plots import plot_layers
 
 app = typer.Typer(
     help="Sparsify Hugging Face models and ship them small.",
@@ -77,12 +77,14 @@ def compress(
 def inspect(
     source: Source,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the sparsity of every layer into this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw sparsity and bits of every layer into this file.")
+    ] = None,
 ) -> None:
     """Show shape, sparsity, bits and bytes of every tensor, and totals against dense."""
     result = inspect_checkpoint(find_checkpoint(source))
     if plot is not None:
-        plot_sparsity(result, plot)
+        plot_layers(result, plot)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
@@ -153,7 +155,7 @@ def _show(result: Inspection, brief: bool = False) -> None:
         for row in result.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
             sparsity = f"{row.sparsity:.2%}" if row.packed else "-"
-            table.add_row(row.name, shape, row.dtype, sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
+            table.add_row(row.name, shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
         console.print(table)
     console.print(
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
@@ -162,8 +164,25 @@ def _show(result: Inspection, brief: bool = False) -> None:
     if result.packed_bytes:
         console.print(
             f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
-            f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times mask entropy + kept values."
+            f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times what masks, precision maps, values and codes need."
         )
+    weights = sum(result.histogram)
+    if weights:
+        console.print(
+            f"Quantized weights: {result.bits:.3f} bits a weight, {result.code_bits:.3f} of them codes. "
+            "Share of these weights by bits:"
+        )
+        histogram = Table(*map(str, range(len(result.histogram))))
+        histogram.add_row(*(f"{count / weights:.2%}" for count in result.histogram))
+        console.print(histogram)
+
+
+def _stored_as(row: Row) -> str:
+    """The dtype of a tensor's values on disk, or the bits of its codes."""
+    present = [k for k, count in enumerate(row.counts) if k and count]
+    if not present:
+        return row.dtype
+    return f"{present[0]} bits" if len(present) == 1 else f"{present[0]}-{present[-1]} bits"
 
 
 def main(argv: list[str] | None = None) -> Any:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
-from hf_approx.packing import DTYPES, PackedFormatError, TensorSpec
+from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, TensorSpec
 
 ITEM_BYTES = {
     "F64": 8,
@@ -29,7 +29,12 @@ ITEM_BYTES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor: how large it is dense (in its stored dtype) and on disk."""
+    """One tensor: how large it is dense (in its stored dtype) and on disk.
+
+    Attributes:
+        bits: Bits a weight on disk, with everything that is stored beside the weights.
+        counts: Of a quantized weight: how many of its weights have 0, 1, ..., 8 bits. Otherwise empty.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,6 +44,7 @@ class Row:
     bits: float
     bytes: int
     dense_bytes: int
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Inspection:
 
     @property
     def bound_bytes(self) -> float:
-        """Bytes no packing can go below: mask entropy and kept values, and every other tensor as it is."""
+        """Bytes no packing can go below: see `bound_bytes` of each kind; every other tensor as it is."""
         return self.bytes - self.packed_bytes + self.packed_bound_bytes
 
     @property
@@ -71,9 +77,26 @@ class Inspection:
         total = sum(math.prod(row.shape) for row in packed)
         return sum(row.sparsity * math.prod(row.shape) for row in packed) / total if total else 0.0
 
+    @property
+    def histogram(self) -> list[int]:
+        """How many weights of the quantized tensors have 0, 1, ..., 8 bits; zeros have none."""
+        counts = [row.counts for row in self.rows if row.counts]
+        return [sum(column) for column in zip([0] * (MAX_BITS + 1), *counts, strict=True)]
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight over the quantized tensors, with precision maps, masks and scales; 0 if there are none."""
+        stored = sum(row.bytes for row in self.rows if row.counts)
+        return 8 * stored / max(sum(self.histogram), 1)
+
+    @property
+    def code_bits(self) -> float:
+        """The same without what is stored beside the codes."""
+        return sum(k * count for k, count in enumerate(self.histogram)) / max(sum(self.histogram), 1)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: `tensors` and `totals`."""
-        return {
+        """JSON form: `tensors` and `totals`; if weights are quantized, `quantized` too."""
+        data: dict[str, Any] = {
             "tensors": [asdict(row) for row in self.rows],
             "totals": {
                 "bytes": self.bytes,
@@ -83,6 +106,14 @@ class Inspection:
                 "packed_bound_bytes": self.packed_bound_bytes,
             },
         }
+        weights = sum(self.histogram)
+        if weights:
+            data["quantized"] = {
+                "bits": self.bits,
+                "code_bits": self.code_bits,
+                "histogram": [count / weights for count in self.histogram],
+            }
+        return data
 
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja")
@@ -152,7 +183,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     missing = set(specs) - {row.name for row in rows}
     if missing:
         raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
-    bound = sum(spec.entropy_bits / 8 + spec.value_bytes for spec in specs.values())
+    bound = sum(spec.bound_bytes for spec in specs.values())
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound)
 
 
@@ -177,6 +208,5 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None)
         size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
         return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, size)
     spec.check_stored(name, dtype, shape)
-    dense = spec.numel * DTYPES[spec.dtype].itemsize
-    sparsity = 1 - spec.nnz / spec.numel
-    return Row(name, spec.shape, spec.dtype, True, sparsity, 8 * spec.nbytes / spec.numel, spec.nbytes, dense)
+    counts = spec.weights if isinstance(spec, QuantizedSpec) else ()
+    return Row(name, spec.shape, spec.dtype, True, spec.sparsity, spec.bits, spec.nbytes, spec.dense_bytes, counts)

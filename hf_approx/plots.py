@@ -1,5 +1,6 @@
 """Pictures of what a checkpoint holds. Needs matplotlib: `pip install 'hf-approx[plot]'`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +24,84 @@ def load_pyplot() -> Any:
     return pyplot
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """A bar for every row, and a dotted line at their mean."""
+
+    rows: list[Row]
+    values: list[float]
+    mean: float
+    limit: float
+    label: str
+    title: str
+
+
+def plot_layers(inspection: Inspection, path: str | Path) -> None:
+    """Draw what there is of `plot_sparsity` and `plot_bits`, side by side if both; see there."""
+    _draw([panel for panel in (_sparsity(inspection), _bits(inspection)) if panel.rows], path)
+
+
 def plot_sparsity(inspection: Inspection, path: str | Path) -> None:
-    """Draw the sparsity of every packed weight, a bar a layer, coloured by kind of layer.
+    """Draw the sparsity of every sparse weight, a bar a layer, coloured by kind of layer.
 
     Args:
         inspection: Of a packed checkpoint.
         path: Where to write; its ending chooses the format (`.png`, `.pdf`, `.svg`).
 
     Raises:
-        ValueError: Nothing is packed.
+        ValueError: No weight is sparse.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    rows = [row for row in inspection.rows if row.packed]
-    if not rows:
+    _draw([panel for panel in [_sparsity(inspection)] if panel.rows], path)
+
+
+def plot_bits(inspection: Inspection, path: str | Path) -> None:
+    """Draw the bits a weight of every quantized weight, everything included, a bar a layer, coloured by kind of layer.
+
+    Args:
+        inspection: Of a packed checkpoint.
+        path: Where to write; its ending chooses the format (`.png`, `.pdf`, `.svg`).
+
+    Raises:
+        ValueError: No weight is quantized.
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    _draw([panel for panel in [_bits(inspection)] if panel.rows], path)
+
+
+def _sparsity(inspection: Inspection) -> _Panel:
+    rows = sorted((row for row in inspection.rows if row.packed and (row.sparsity or not row.counts)), key=_position)
+    title = f"{inspection.sparsity:.1%} of the packed weights are removed"
+    values = [100 * row.sparsity for row in rows]
+    return _Panel(rows, values, 100 * inspection.sparsity, 100, "weights removed, %", title)
+
+
+def _bits(inspection: Inspection) -> _Panel:
+    rows = sorted((row for row in inspection.rows if row.counts), key=_position)
+    title = f"{inspection.bits:.2f} bits a quantized weight"
+    values = [row.bits for row in rows]
+    return _Panel(rows, values, inspection.bits, max([8.0, *values]), "bits a weight, with metadata", title)
+
+
+def _draw(panels: list[_Panel], path: str | Path) -> None:
+    if not panels:
         raise ValueError("There is no packed weight to draw.")
     pyplot = load_pyplot()
-    rows.sort(key=_position)
-    kinds = list(dict.fromkeys(kind_of(row.name) for row in rows))
+    kinds = list(dict.fromkeys(kind_of(row.name) for panel in panels for row in panel.rows))
     colors = dict(zip(kinds, pyplot.get_cmap("tab20").colors * (len(kinds) // 20 + 1), strict=False))
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.2 * len(rows)), layout="constrained")
-    for i, row in enumerate(rows):
-        axes.barh(i, 100 * row.sparsity, color=colors[kind_of(row.name)])
-    axes.axvline(100 * inspection.sparsity, color="black", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row.name.removesuffix(".weight") for row in rows], fontsize=7)
-    axes.set_xlim(0, 100)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlabel("weights removed, %")
-    axes.set_title(f"{inspection.sparsity:.1%} of the packed weights are removed", fontsize=10)
+    longest = max(len(panel.rows) for panel in panels)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(8 * len(panels), 1.2 + 0.2 * longest), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for i, (row, value) in enumerate(zip(panel.rows, panel.values, strict=True)):
+            axes.barh(i, value, color=colors[kind_of(row.name)])
+        axes.axvline(panel.mean, color="black", linestyle=":", linewidth=1)
+        axes.set_yticks(range(len(panel.rows)), [row.name.removesuffix(".weight") for row in panel.rows], fontsize=7)
+        axes.set_xlim(0, panel.limit)
+        axes.set_ylim(len(panel.rows) - 0.4, -0.6)
+        axes.set_xlabel(panel.label)
+        axes.set_title(panel.title, fontsize=10)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

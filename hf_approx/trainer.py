@@ -27,7 +27,7 @@ from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import TensorSpec, dtype_from_name
-from hf_approx.plots import plot_sparsity
+from hf_approx.plots import plot_layers
 from hf_approx.report import Recorder, describe_layers
 from hf_approx.report_plots import has_history, plot_training
 
@@ -294,7 +294,7 @@ class ApproxTrainerMixin:
             plot_training(self.approx_report, folder / "training.png")
         inspection = inspect_checkpoint(folder) if (folder / "config.json").is_file() else None
         if inspection is not None and inspection.packed_bytes:
-            plot_sparsity(inspection, folder / "layers.png")
+            plot_layers(inspection, folder / "layers.png")
 
     def _plain_names(self) -> list[str]:
         return [f"{name}.weight" for method in self.methods for name in method.modules]

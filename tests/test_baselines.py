@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers import make_trainer
 from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
-from hf_approx.methods.budget import plan, threshold, top_masks
+from hf_approx.methods.budget import cubic_ramp, plan, threshold, top_masks
 from hf_approx.methods.movement import MovementMask
 from models import build
 
@@ -140,6 +140,19 @@ def test_movement_keeps_what_grows():
             optimizer.zero_grad()
     method.finalize()
     assert (model[0].weight != 0).tolist() == [[True, True, False, False]]
+
+
+def test_movement_masks_no_more_than_the_ramp_where_scores_are_equal():
+    """After one step of Adam every score is plus or minus its learning rate."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    method = MovementPruningConfig(target_sparsity=0.8, target_modules=["0"], ramp_fraction=1.0).build()
+    method.attach(model)
+    with torch.no_grad():
+        method.masks[0].scores.copy_(torch.where(torch.arange(32) % 2 == 0, 0.01, -0.01).expand(32, 32))
+    method.on_step(0.01)
+    assert int((model[0].weight == 0).sum()) <= cubic_ramp(0.01, 0.8) * 1024
+    method.on_step(1.0)
+    assert int((model[0].weight == 0).sum()) == round(0.8 * 1024)
 
 
 def test_soft_movement_penalty_lowers_the_scores():

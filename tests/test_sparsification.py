@@ -100,6 +100,49 @@ def test_b6_paper_mask_starts_at_exactly_one(s0, target):
     torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)), before)
 
 
+@pytest.mark.parametrize("granularity", ["weight", "2:4"])
+@pytest.mark.parametrize("s0", [-0.4, 0.0, 0.4])
+def test_scores_that_start_equal_come_down_without_a_jump(s0, granularity):
+    model = nn.ModuleList([nn.Linear(32, 16, bias=False)])
+    config = SparsificationConfig(
+        preset="scratch", initial_score=s0, target_sparsity=0.5, granularity=granularity, soft_fraction=1.0
+    )
+    method = config.build()
+    method.attach(model)
+    scores = method.masks[0].scores
+    quarter = []
+    for step in range(100):
+        before = scores.detach().clone()
+        method.on_step(step / 100)
+        assert (scores - before).abs().max() <= abs(s0) / 10 + 1e-6
+        quarter.append(scores.detach().mean().item())
+    if granularity == "2:4":  # pulled by a force that grows, instead of set
+        assert abs(quarter[-1]) < 0.01
+        return
+    assert quarter[0] == pytest.approx(s0)
+    assert quarter[12] == pytest.approx(s0 * (1 - 0.12 / 0.25), abs=1e-5)
+    assert quarter[25] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["pretrained", "scratch", "paper"])
+def test_every_preset_reaches_the_target_by_itself(preset):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False)])
+    method = SparsificationConfig(preset=preset, target_sparsity=0.8).build()
+    method.attach(model)
+    optimizer = torch.optim.Adam(method.param_groups())
+    x = torch.randn(64, 32)
+    for step in range(200):
+        method.on_step(step / 199)
+        model[1](model[0](x)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    report = method.report()
+    assert report["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    assert abs(report["last_correction"]) < 0.02
+    assert report["learned_sparsity"] + report["last_correction"] == pytest.approx(report["sparsity"])
+
+
 def test_a_preset_can_be_replaced():
     config = dataclasses.replace(SparsificationConfig(mask_lr=0.5), preset="paper")
     assert config.settings().scale_mask

@@ -1,63 +1,102 @@
 """Making a model in memory one that saves packed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_approx.checkpoint.activations import activations_of
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
 from hf_approx.checkpoint.zeros import keep_zeros
-from hf_approx.packing import TensorSpec, dtype_from_name, pack
+from hf_approx.packing import (
+    Grid,
+    TensorSpec,
+    check_grid,
+    dtype_from_name,
+    pack,
+    pack_quantized,
+    round_to_grid,
+)
 from hf_approx.structures import sizes_of
 
 
 def attach_packing(
-    model: PreTrainedModel, names: Iterable[str], store_dtype: str | None = "float16"
+    model: PreTrainedModel,
+    names: Iterable[str],
+    store_dtype: str | None = "float16",
+    grids: Mapping[str, Grid] | None = None,
 ) -> dict[str, TensorSpec]:
     """Make `model.save_pretrained` write the named weights packed; the model in memory equals what is saved.
 
-    Every floating-point parameter is rounded to `store_dtype` in place (its own dtype stays), so the loaded
-    model computes bit for bit what this one does. Weights that would not get smaller stay as they are; if none
-    would, and the model's config says the sizes of all its layers, the model is left alone and saves plain.
+    Weights with a grid are rounded to it, every other floating-point parameter to `store_dtype`, in place (their own
+    dtype stays), so the loaded model computes bit for bit what this one does. Weights with a grid are always packed,
+    others if they get smaller; if none is, and the model's config says the sizes of all its layers, the model is left
+    alone and saves plain. Quantized activations the model has are saved with it.
 
     Args:
         model: A model whose weights are final.
         names: Names of the parameters to pack, as in `named_parameters()`.
         store_dtype: `"float16"`, `"bfloat16"`, `"float32"` or None to keep each parameter's own.
+        grids: The grids of quantized weights, by parameter name; these weights need not be in `names`.
 
     Returns:
         How each packed weight is stored.
 
     Raises:
-        ValueError: A name is no parameter, or a value overflows the stored dtype. The model is unchanged.
+        ValueError: A name is no parameter, a value overflows the stored dtype, or a grid does not fit its weight.
+            The model is unchanged.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
-    names = list(names)
+    names = [*names, *(grids or {})]
     unknown = [name for name in names if name not in params]
     if unknown:
         raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
     dtype = dtype_from_name(store_dtype) if store_dtype else None
+    tied = model.all_tied_weights_keys
+    own_grids = {tied.get(name, name): Grid(g.bits.cpu(), g.scale.cpu()) for name, g in (grids or {}).items()}
+    if len(own_grids) < len(grids or {}):
+        raise ValueError("attach_packing: two names of one tied weight have a grid each; pass one of them.")
     new = {}
+    for name, grid in own_grids.items():
+        new[id(params[name])] = (params[name], _on_grid(name, params[name].detach(), grid))
     for name, param in params.items():
         if id(param) not in new and param.is_floating_point():
             value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
             new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
-    specs = {}
-    for name in dict.fromkeys(model.all_tied_weights_keys.get(name, name) for name in names):
+    specs: dict[str, TensorSpec] = {}
+    for name in dict.fromkeys(tied.get(name, name) for name in names):
         value = new[id(params[name])][1]
+        if name in own_grids:
+            specs[name] = pack_quantized(value, own_grids[name], dtype)[1]
+            continue
         spec = pack(value, dtype)[1]
-        if spec.nbytes < value.numel() * (dtype or value.dtype).itemsize:
+        if spec.nbytes < spec.dense_bytes:
             specs[name] = spec
-    structure = sizes_of(model)
-    if not specs and structure is None:
+    structure, activations = sizes_of(model), activations_of(model)
+    if not specs and structure is None and not activations:
         return {}
+    config = ApproxConfig(tensors=specs, store_dtype=store_dtype, structure=structure, activations=activations)
     with torch.no_grad():
         for param, value in new.values():
             param.copy_(value)
-    config = ApproxConfig(tensors=specs, store_dtype=store_dtype, structure=structure)
     model.config.quantization_config = config
     model.quantization_method = QUANT_METHOD  # type: ignore[assignment]
-    ApproxQuantizer(config, pre_quantized=True).settle(model)
+    ApproxQuantizer(config, own_grids, pre_quantized=True).settle(model)
     keep_zeros(model)
     return specs
+
+
+def _on_grid(name: str, weight: Tensor, grid: Grid) -> Tensor:
+    """The weight rounded to its grid; raises `ValueError` if its dtype cannot hold the grid's values."""
+    try:
+        check_grid(weight, grid)
+    except ValueError as error:
+        raise ValueError(f"attach_packing: '{name}': {error}") from None
+    there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
+    value = round_to_grid(weight, there)
+    value = torch.where(value == 0, torch.zeros_like(value), value)
+    if not bool(value.isfinite().all()) or not torch.equal(round_to_grid(value, there), value):
+        raise ValueError(f"attach_packing: a scale of '{name}' is too large or too small for {weight.dtype}.")
+    return value

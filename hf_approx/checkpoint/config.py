@@ -6,11 +6,14 @@ from transformers.quantizers import auto as quantizer_registry
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name
+from hf_approx.checkpoint.activations import check_activations
+from hf_approx.packing import PackedFormatError, SparseSpec, TensorSpec, dtype_from_name, spec_from_dict
 from hf_approx.structures import check_description
 
 QUANT_METHOD = "hf_approx"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 2 added quantized weights and activations; a file without them is still written as version 1."""
+
 Runtime = Literal["dense", "packed"]
 
 
@@ -23,9 +26,11 @@ class ApproxConfig(QuantizationConfigMixin):
         store_dtype: Dtype of every stored weight, or None to store them as they are.
         runtime: `"dense"`: decode while loading; full speed, trainable, zeros stay zero. `"packed"`: keep
             sparse linear layers packed and multiply by their CSR form (CPU inference). Never saved.
-        format_version: Version of the format that was written.
+        format_version: Version of the format that was read.
         structure: Sizes of the layers that have fewer features than the architecture's config says, as
             `hf_approx.structures.describe` returns them; None if there are none.
+        activations: Layers whose input is quantized, by module name: `{"channels": n, "signed": bool}`, the arguments
+            of `ActivationQuantizer`.
         training: True in a checkpoint of unfinished training, which cannot be loaded as a model.
 
     Raises:
@@ -40,13 +45,14 @@ class ApproxConfig(QuantizationConfigMixin):
         runtime: Runtime = "dense",
         format_version: int = FORMAT_VERSION,
         structure: dict[str, Any] | None = None,
+        activations: dict[str, Any] | None = None,
         training: bool = False,
         **kwargs: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        if format_version != FORMAT_VERSION:
+        if type(format_version) is not int or not 1 <= format_version <= FORMAT_VERSION:
             raise PackedFormatError(
-                f"This checkpoint has hf_approx format version {format_version!r}; this hf_approx reads version "
+                f"This checkpoint has hf_approx format version {format_version!r}; this hf_approx reads versions 1 to "
                 f"{FORMAT_VERSION}. Upgrade hf_approx."
             )
         unknown = set(kwargs) - {"quant_method"}
@@ -58,8 +64,8 @@ class ApproxConfig(QuantizationConfigMixin):
             dtype_from_name(store_dtype)
         if not isinstance(tensors or {}, dict):
             raise PackedFormatError("ApproxConfig: tensors must map parameter names to entries.")
-        self.tensors = {
-            name: spec if isinstance(spec, TensorSpec) else TensorSpec.from_dict(name, spec)
+        self.tensors: dict[str, TensorSpec] = {
+            name: spec if isinstance(spec, TensorSpec) else spec_from_dict(name, spec)
             for name, spec in (tensors or {}).items()
         }
         if structure is not None:
@@ -67,15 +73,22 @@ class ApproxConfig(QuantizationConfigMixin):
                 check_description(structure)
             except ValueError as error:
                 raise PackedFormatError(str(error)) from None
+        check_activations(activations or {})
+        self.activations = activations or {}
         self.structure = structure
         self.store_dtype = store_dtype
         self.runtime = runtime
-        self.format_version = format_version
         self.training = bool(training)
+
+    @property
+    def format_version(self) -> int:
+        """The oldest version of the format that can express this config."""
+        quantized = any(not isinstance(spec, SparseSpec) for spec in self.tensors.values())
+        return 2 if quantized or self.activations else 1
 
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
-        data = {
+        data: dict[str, Any] = {
             "quant_method": QUANT_METHOD,
             "format_version": self.format_version,
             "store_dtype": self.store_dtype,
@@ -83,6 +96,8 @@ class ApproxConfig(QuantizationConfigMixin):
         }
         if self.structure is not None:
             data["structure"] = self.structure
+        if self.activations:
+            data["activations"] = self.activations
         return {**data, "training": True} if self.training else data
 
     def get_loading_attributes(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The transformers hook: packed weights load with `from_pretrained` and save with `save_pretrained`."""
 
 import logging
-from collections.abc import Container
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -12,14 +12,29 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
+from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
-from hf_approx.packing import PackedFormatError, TensorSpec, dtype_from_name, pack, unpack
+from hf_approx.packing import (
+    Grid,
+    PackedFormatError,
+    QuantizedSpec,
+    SparseSpec,
+    TensorSpec,
+    dtype_from_name,
+    pack,
+    pack_quantized,
+    round_to_grid,
+    unpack,
+    unpack_quantized,
+)
 from hf_approx.structures import apply_description, own_description, set_sizes
 from hf_approx.targets import own_name
 
 logger = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
 
 NO_OFFLOAD = "hf_approx cannot decode weights offloaded to disk or CPU; choose a device_map without offloading."
 
@@ -32,13 +47,20 @@ def keep_own_names(model: PreTrainedModel) -> None:
 
 @register_quantizer(QUANT_METHOD)
 class ApproxQuantizer(HfQuantizer):
-    """Turns packed rows of bytes into weights after loading, and weights into bytes when saving."""
+    """Turns packed rows of bytes into weights after loading, and weights into bytes when saving.
+
+    Attributes:
+        grids: The grids of quantized weights, on the CPU, by parameter name. Saving rounds these weights to them.
+    """
 
     quantization_config: ApproxConfig
     requires_calibration = False
 
-    def __init__(self, quantization_config: ApproxConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, quantization_config: ApproxConfig, grids: Mapping[str, Grid] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.grids = dict(grids or {})
         self._dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -77,13 +99,14 @@ class ApproxQuantizer(HfQuantizer):
     ) -> None:
         """Check config and files against the model, then put a row of bytes in the place of each packed weight."""
         config = self.quantization_config
-        _check_files(checkpoint_files or [], config.tensors)
+        _check_files(checkpoint_files or [], config)
         if config.structure is not None:
             try:
                 config.structure = own_description(model, config.structure)
                 apply_description(model, config.structure)
             except ValueError as error:
                 raise PackedFormatError(str(error)) from None
+        install_activations(model, config.activations)
         params = dict(model.named_parameters(remove_duplicate=False))
         lost = [name for name, spec in config.tensors.items() if not _own_names({name: spec}, model, params)]
         if lost and type(model).__name__ in (model.config.architectures or ()):
@@ -110,14 +133,16 @@ class ApproxQuantizer(HfQuantizer):
             if packed.dtype != torch.uint8:  # a tied weight, decoded under its other name
                 continue
             try:
-                if self.quantization_config.runtime == "packed" and self._runs_packed(model, name, spec):
+                if isinstance(spec, SparseSpec) and self._runs_packed(model, name, spec):
                     self._install_sparse(model, name, spec)
                     continue
-                dense = nn.Parameter(unpack(packed.data, spec, self._dtypes[name]))
+                dense = nn.Parameter(self._decode(name, packed.data, spec))
             except PackedFormatError as error:
                 raise PackedFormatError(f"Packed weight '{name}' is damaged: {error}.") from None
-            mask_gradient(dense)
+            if spec.sparsity > 0:
+                mask_gradient(dense)
             _replace(model, packed, dense)
+        check_loaded(model)
         self.settle(model)
         return model
 
@@ -131,19 +156,28 @@ class ApproxQuantizer(HfQuantizer):
             part.is_quantized = self.quantization_config.runtime == "packed"  # type: ignore[assignment]
             part.register_load_state_dict_pre_hook(_refuse_packed_state)
 
-    def _runs_packed(self, model: PreTrainedModel, name: str, spec: TensorSpec) -> bool:
+    def _decode(self, name: str, packed: Tensor, spec: TensorSpec) -> Tensor:
+        """The dense weight, in the dtype it has in the model."""
+        if isinstance(spec, SparseSpec):
+            return unpack(packed, spec, self._dtypes[name])
+        assert isinstance(spec, QuantizedSpec)
+        weight, self.grids[name] = unpack_quantized(packed, spec, self._dtypes[name])
+        return weight
+
+    def _runs_packed(self, model: PreTrainedModel, name: str, spec: SparseSpec) -> bool:
         module = model.get_submodule(name.rpartition(".")[0])
         packed = model.get_parameter(name)
         users = sum(p is packed for m in model.modules() for p in m._parameters.values())
         return (
-            type(module) in (nn.Linear, Conv1D)
+            self.quantization_config.runtime == "packed"
+            and type(module) in (nn.Linear, Conv1D)
             and users == 1
             and spec.nnz / spec.numel <= MAX_DENSITY
             and packed.device.type == "cpu"
             and self._dtypes[name] in (torch.float32, torch.float64)
         )
 
-    def _install_sparse(self, model: PreTrainedModel, name: str, spec: TensorSpec) -> None:
+    def _install_sparse(self, model: PreTrainedModel, name: str, spec: SparseSpec) -> None:
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
         packed = model.get_parameter(name).data
@@ -157,33 +191,38 @@ class ApproxQuantizer(HfQuantizer):
         dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
         tensors = model.state_dict(keep_vars=True)
         specs = _own_names(config.tensors, model, tensors)
+        grids = _own_names(self.grids, model, tensors)
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             spec = specs.get(name)
             if id(tensor) not in done:
-                if spec is not None and tensor.dtype != torch.uint8:
+                if name in grids:
+                    done[id(tensor)] = _quantized(name, tensor, grids[name], dtype)
+                elif spec is not None and tensor.dtype != torch.uint8:
                     done[id(tensor)] = pack(tensor, dtype)
                 elif dtype is not None and name in params and tensor.is_floating_point():
                     done[id(tensor)] = (rounded(name, tensor.detach(), dtype), None)
                 else:
                     done[id(tensor)] = (tensor.detach(), spec)
             state[name], written = done[id(tensor)]
-            if spec is not None and written is not None:
-                if written.nnz > spec.nnz + spec.numel // 100:
+            if name in grids or (spec is not None and written is not None):
+                assert written is not None
+                if spec is not None and written.sparsity < spec.sparsity - 0.01:
                     logger.warning(
                         "'%s' had %.1f %% zeros when it was loaded and has %.1f %% now. Training keeps zeros unless "
                         "the model was copied: call hf_approx.keep_zeros on the copy.",
                         name,
-                        100 * (1 - spec.nnz / spec.numel),
-                        100 * (1 - written.nnz / spec.numel),
+                        100 * spec.sparsity,
+                        100 * written.sparsity,
                     )
                 specs[name] = written
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
         if config.structure is not None:
             config.structure = own_description(model, config.structure)
+        config.activations = activations_of(model)
         keep_own_names(model)
         return state, {}
 
@@ -194,6 +233,11 @@ class ApproxQuantizer(HfQuantizer):
             raise ValueError(
                 "The layers of this model have sizes that its architecture's config cannot express, so it cannot be "
                 "made plain: only hf_approx loads it."
+            )
+        if self.quantization_config.activations:
+            raise ValueError(
+                "Layers of this model quantize their input, which transformers alone cannot do, so it cannot be made "
+                "plain: only hf_approx loads it."
             )
         return model
 
@@ -230,9 +274,20 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _own_names(
-    tensors: dict[str, TensorSpec], model: PreTrainedModel, existing: Container[str]
-) -> dict[str, TensorSpec]:
+def _quantized(name: str, weight: Tensor, grid: Grid, dtype: torch.dtype | None) -> tuple[Tensor, QuantizedSpec]:
+    """The packed codes of a weight; warns if it is no longer on its grid."""
+    packed = pack_quantized(weight, grid, dtype)
+    there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
+    if not torch.equal(round_to_grid(weight.detach(), there), weight.detach()):
+        logger.warning(
+            "'%s' has changed since it was quantized. It is saved rounded to its grid, so the saved model differs from "
+            "the one in memory.",
+            name,
+        )
+    return packed
+
+
+def _own_names(tensors: dict[str, Entry], model: PreTrainedModel, existing: Container[str]) -> dict[str, Entry]:
     """The entries under the names this model has; see `own_name`.
 
     A tied weight is named as the one of its names that transformers writes. Entries for parameters the model
@@ -260,18 +315,21 @@ def _refuse_packed_state(module: nn.Module, state_dict: dict[str, Any], prefix: 
             )
 
 
-def _check_files(files: list[str], tensors: dict[str, TensorSpec]) -> None:
-    """Raise `PackedFormatError` unless every entry has its row of bytes in one of the files."""
+def _check_files(files: list[str], config: ApproxConfig) -> None:
+    """Raise `PackedFormatError` unless every entry of the config has what it describes in one of the files."""
     found: dict[str, tuple[str, list[int]]] = {}
+    stored: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in set(file.keys()) & set(tensors):
+            stored |= set(file.keys())
+            for name in set(file.keys()) & set(config.tensors):
                 part = file.get_slice(name)
                 found[name] = (part.get_dtype(), part.get_shape())
-    for name, spec in tensors.items():
+    for name, spec in config.tensors.items():
         if name not in found:
             raise PackedFormatError(f"Packed weight '{name}' is in config.json but in no weight file.")
         spec.check_stored(name, *found[name])
+    check_buffers(config.activations, stored)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:

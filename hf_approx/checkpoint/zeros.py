@@ -23,8 +23,8 @@ def keep_zeros(model: PreTrainedModel) -> None:
     if tensors is None:
         raise ValueError("keep_zeros: the model is not packed; load it from a packed checkpoint.")
     params = dict(model.named_parameters(remove_duplicate=False))
-    for name in tensors:
-        if name in params:
+    for name, spec in tensors.items():
+        if name in params and spec.sparsity > 0:
             mask_gradient(params[name])
 
 

@@ -57,7 +57,7 @@ class MovementPruningConfig(MethodConfig):
 
 
 class MovementMask(nn.Module):
-    """w -> 1[score > threshold] * w, with the gradient of the mask passed to the score as it is.
+    """w -> 1[score >= threshold] * w, with the gradient of the mask passed to the score as it is.
 
     Infinite scores are settled: they pass no gradient.
     """
@@ -74,7 +74,7 @@ class MovementMask(nn.Module):
         """Same shape and dtype as the weight."""
         # Zero, with the gradient of the score; infinity minus infinity would be neither.
         straight = torch.where(self.scores.isinf(), 0.0, self.scores - self.scores.detach())
-        return weight * ((self.scores > self.threshold) + straight).to(weight.dtype)
+        return weight * ((self.scores >= self.threshold) + straight).to(weight.dtype)
 
 
 class MovementPruning(Method):
@@ -151,7 +151,7 @@ class MovementPruning(Method):
 
     def metrics(self) -> dict[str, float]:
         """Sparsity of the mask and, in soft mode, the penalty in the loss."""
-        kept = sum(int((mask.scores > mask.threshold).sum()) for mask in self.masks)
+        kept = sum(int((mask.scores >= mask.threshold).sum()) for mask in self.masks)
         sparsity = {"sparsity": 1 - kept / sum(mask.scores.numel() for mask in self.masks)}
         with torch.no_grad():
             penalty = self.penalty()

@@ -178,12 +178,12 @@ def pack_quantized(weight: Tensor, grid: Grid, dtype: torch.dtype | None = None)
     weight, grid = weight.detach().to("cpu"), Grid(grid.bits.to("cpu"), grid.scale.to("cpu"))
     check_grid(weight, grid)
     codes = quantize(weight, grid).reshape(-1).numpy()
-    kept = ((weight != 0) & (expand(grid.bits, weight.shape) > 0)).reshape(-1)
+    coded = ((weight != 0) & (expand(grid.bits, weight.shape) > 0)).reshape(-1)
     entry = expand(torch.arange(grid.bits.numel()).reshape(grid.bits.shape), weight.shape).reshape(-1)
     used = torch.zeros(grid.bits.numel(), dtype=torch.bool)
-    used[entry[kept]] = True
+    used[entry[coded]] = True
     bits = grid.bits.reshape(-1) * used
-    width, kept = bits[entry].numpy(), kept.numpy()
+    width, kept = bits[entry].numpy(), coded.numpy()
 
     masks = []
     left = bits.numpy()

@@ -124,7 +124,8 @@ class TensorSpec(ABC):
         known = [field.name for field in fields(cls)]
         if not isinstance(data, dict) or set(data) != set(known):
             raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(known)}.")
-        spec = cls(**{field: tuple(value) if isinstance(value, list) else value for field, value in data.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+        spec = cls(**values)
         try:
             check_shape("shape", spec.shape)
             if spec.numel > MAX_NUMEL:
