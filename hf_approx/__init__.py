@@ -1,7 +1,15 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
-from hf_approx.methods import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
+from hf_approx.folding import fold
+from hf_approx.methods import (
+    MagnitudePruningConfig,
+    MovementPruningConfig,
+    SharingConfig,
+    SparsificationConfig,
+    block_similarity,
+    layer_similarity,
+)
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
 from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
@@ -18,7 +26,11 @@ __all__ = [
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",
+    "SharingConfig",
     "SparsificationConfig",
     "attach_packing",
+    "block_similarity",
+    "fold",
     "keep_zeros",
+    "layer_similarity",
 ]

@@ -25,8 +25,9 @@ from transformers.trainer_utils import TrainOutput
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method, MethodConfig
+from hf_approx.modules.bank import banks_of, saved_weights, shared_layers, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.packing import TensorSpec, dtype_from_name
+from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.plots import plot_layers
 from hf_approx.report import Recorder, describe_layers
 from hf_approx.report_plots import has_history, plot_training
@@ -130,7 +131,9 @@ class ApproxTrainerMixin:
         if isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer):
             config = model.config.quantization_config
             smaller = (config.structure or {"shapes": {}})["shapes"]
-            self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
+            packed = [name for name, spec in config.tensors.items() if not isinstance(spec, SharedSpec)]
+            smaller_weights = [name for name in smaller if name.endswith(".weight")]
+            self._repack = list(dict.fromkeys([*packed, *smaller_weights, *template_names(model)]))
             if config.runtime == "packed":
                 raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
             quantizer.remove_quantization_config(model)
@@ -238,7 +241,7 @@ class ApproxTrainerMixin:
         """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
         model = self._plain_model
         params = dict(model.named_parameters(remove_duplicate=False))
-        removed = sum(method.removed for method in self.methods)
+        removed = sum(method.removed for method in self.methods) + saved_weights(model)
         total = sum(params[name].numel() for name in names) + removed
         width = params[names[0]].element_size()
         specs: dict[str, TensorSpec] = {}
@@ -257,7 +260,8 @@ class ApproxTrainerMixin:
         return {
             "sparsity": 1 - kept / total,
             "dense_bytes": total * width,
-            "packed_bytes": sum(specs[n].nbytes if n in specs else params[n].numel() * stored for n in names),
+            "packed_bytes": sum(spec.nbytes for spec in specs.values())
+            + sum(params[name].numel() * stored for name in names if name not in specs),
         }
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
@@ -269,7 +273,7 @@ class ApproxTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer, model = cast(Trainer, self), self._plain_model
         folder = output_dir or trainer.args.output_dir or "."
-        if self._finalized or not isinstance(model, PreTrainedModel):
+        if not self._unfinished or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             if self.approx_report and trainer.args.should_save:
                 self._save_report(Path(folder))
@@ -297,11 +301,17 @@ class ApproxTrainerMixin:
             plot_layers(inspection, folder / "layers.png")
 
     def _plain_names(self) -> list[str]:
-        return [f"{name}.weight" for method in self.methods for name in method.modules]
+        shared = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
+        return [f"{name}.weight" for name in [*(n for method in self.methods for n in method.modules), *shared]]
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether weights are not under their own names, so that only this training can load them."""
+        return not self._finalized or bool(self._repack and banks_of(self._plain_model))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""
-        if not self._finalized:
+        if self._unfinished:
             unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
             missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
             if missing or unexpected:

@@ -3,12 +3,15 @@
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
+from hf_approx.methods.sharing import SharingConfig, SoftSharing
+from hf_approx.methods.similarity import block_similarity, layer_similarity
 from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
     "movement": MovementPruningConfig,
+    "sharing": SharingConfig,
 }
 """Config classes by the name a recipe or the command line uses."""
 
@@ -21,5 +24,9 @@ __all__ = [
     "MethodConfig",
     "MovementPruning",
     "MovementPruningConfig",
+    "SharingConfig",
+    "SoftSharing",
     "SparsificationConfig",
+    "block_similarity",
+    "layer_similarity",
 ]

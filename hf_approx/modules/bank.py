@@ -126,7 +126,7 @@ def unshare(module: nn.Module, weight: Tensor | None = None) -> None:
 
 def owner_of_banks(model: nn.Module) -> nn.Module:
     """Where a model keeps its banks: the base model, so that they are saved with it."""
-    return cast(nn.Module, model.base_model) if isinstance(model, PreTrainedModel) else model
+    return model.base_model if isinstance(model, PreTrainedModel) else model
 
 
 def banks_of(model: nn.Module) -> dict[str, TemplateBank]:

@@ -5,7 +5,7 @@ The templates are stored once for all layers, as ordinary tensors under names of
 
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class SharedSpec(TensorSpec):
     def bound_bytes(self) -> float:
         """The coefficients as they are."""
         return float(self.nbytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in `config.json`."""
+        return {"kind": self.kind, **super().to_dict()}
 
     def check(self) -> None:
         """Raise `PackedFormatError` unless the row can be the coefficients of a bank."""
