@@ -121,18 +121,20 @@ def fold(
         raise ValueError(f"fold: {type(model).__name__} shares no weights: train it with SharingConfig first.")
     report = Folding(parameters_before=_parameters(model))
     labels: dict[str, list[int]] = {}
+    plans: dict[str, _Plan] = {}
     for name, entry in banks.items():
         similarity = similarity_of(entry, space)
-        tau = 0.95 if threshold is None else threshold
-        clusters = complete_linkage(similarity, None if layers else tau, layers or 1)
+        clusters = complete_linkage(similarity, None if layers else threshold or 0.95, layers or 1)
         labels[name] = [next(c for c, members in enumerate(clusters) if i in members) for i in range(len(similarity))]
-        done = len(clusters) == len(entry.bank) == 1 or len(clusters) == len(similarity)
-        if not done:
-            plan = _represent(entry, clusters, space)
-            names = list(entry.layers)
-            report.weight_error = max(report.weight_error, _apply(model, name, entry, plan))
-            report.clusters[name] = [[names[i] for i in members] for members in clusters]
-            report.scalars.update(zip(names, plan.scalars.tolist(), strict=True))
+        unchanged = len(clusters) == len(similarity) or len(clusters) == len(entry.bank) == 1
+        if not unchanged:
+            plans[name] = _represent(entry, clusters, space)
+            report.weight_error = max(report.weight_error, _check(name, entry, plans[name]))
+    for name, plan in plans.items():
+        names = list(banks[name].layers)
+        _apply(model, name, banks[name], plan)
+        report.clusters[name] = [[names[i] for i in members] for members in plan.clusters]
+        report.scalars.update(zip(names, plan.scalars.tolist(), strict=True))
     report.loops = _loops({name: list(entry.layers) for name, entry in banks.items()}, labels)
     _round_as_stored(model)
     report.parameters_after = _parameters(model)
@@ -210,43 +212,54 @@ def _represent(entry: SharedLayers, clusters: list[list[int]], space: Space) -> 
     return _Plan(clusters, directions, scalars)
 
 
-def _apply(model: nn.Module, name: str, entry: SharedLayers, plan: _Plan) -> float:
-    """Replace the bank by one bank a cluster; returns the largest relative error of a layer's weight."""
-    bank, modules = entry.bank, list(entry.layers.values())
-    like = coefficients_of(modules[0])
-    trained = bank.weights[0].requires_grad
-    mixed = [bank.mix(direction.to(like)) for direction in plan.directions]
-    error = 0.0
-    for members, direction, weight in zip(plan.clusters, plan.directions, mixed, strict=True):
+def _check(name: str, entry: SharedLayers, plan: _Plan) -> float:
+    """Compare the folded weights with mixes of the substituted coefficients, c_i times the cluster's.
+
+    Returns:
+        The largest relative error of a folded weight against the layer's present one.
+
+    Raises:
+        RuntimeError: A folded weight is not the substituted one.
+    """
+    bank, error = entry.bank, 0.0
+    coefficients = [coefficients_of(module) for module in entry.layers.values()]
+    for members, direction in zip(plan.clusters, plan.directions, strict=True):
+        weight = bank.mix(direction.to(coefficients[0]))
         for i in members:
-            substituted = bank.mix((direction * plan.scalars[i]).to(like))
-            scale, before = plan.scalars[i].to(like), bank.mix(coefficients_of(modules[i]))
-            difference = float((scale * weight - substituted).abs().max())
-            if difference > max(TOLERANCE, 4 * torch.finfo(like.dtype).eps) * float(substituted.abs().max()):
-                raise ValueError(f"fold: a weight of bank '{name}' changed by {difference:.3g}; this is a defect.")
-            norm = float(before.norm())
-            error = max(error, float((substituted - before).norm()) / norm if norm else 0.0)
+            folded = plan.scalars[i].to(weight) * weight
+            substituted = bank.mix((direction * plan.scalars[i]).to(weight))
+            difference = float((folded - substituted).abs().max() / substituted.abs().max().clamp_min(1e-30))
+            if difference > max(TOLERANCE, 8 * torch.finfo(weight.dtype).eps):
+                raise RuntimeError(f"fold: a weight of bank '{name}' is off by {difference:.3g}.")
+            before = bank.mix(coefficients[i])
+            error = max(error, float((folded - before).norm() / before.norm().clamp_min(1e-30)))
+    return error
+
+
+def _apply(model: nn.Module, name: str, entry: SharedLayers, plan: _Plan) -> None:
+    """Replace the bank by one bank a cluster."""
+    bank, modules = entry.bank, list(entry.layers.values())
     banks = banks_of(model)
     smaller = len(plan.clusters) <= len(bank)
-    for c, (members, direction, weight) in enumerate(zip(plan.clusters, plan.directions, mixed, strict=True)):
-        own = TemplateBank([weight.clone()], trained)
+    for c, (members, direction) in enumerate(zip(plan.clusters, plan.directions, strict=True)):
+        alphas = [coefficients_of(modules[i]) for i in members]
+        trained = bank.weights[0].requires_grad
+        own = TemplateBank([bank.mix(direction.to(alphas[0]))], trained)
         if not smaller:
-            share(own[0], bank, direction.to(like), trained)
-        for i in members:
-            trains = coefficients_of(modules[i]).requires_grad
-            share(modules[i], own, plan.scalars[i].reshape(1).to(like), trains)
+            share(own[0], bank, direction.to(alphas[0]), trained)
+        for i, alpha in zip(members, alphas, strict=True):
+            share(modules[i], own, plan.scalars[i].reshape(1).to(alpha), alpha.requires_grad)
         banks[f"{name}-{_letter(c)}"] = own
     if smaller:
         del banks[name]
     set_banks(model, banks)
-    return error
 
 
 def _loops(banks: dict[str, list[str]], labels: dict[str, list[int]]) -> dict[str, list[Loop]]:
     """The loops of every stack, from the cluster of every layer."""
     stacks: dict[str, dict[int, set[tuple[str, str, int]]]] = {}
-    for name, layers in banks.items():
-        for place, label in zip(locate(layers), labels[name], strict=True):
+    for name, places in locate(banks).items():
+        for place, label in zip(places, labels[name], strict=True):
             stacks.setdefault(place.stack, {}).setdefault(place.block, set()).add((name, place.rest, label))
     loops = {}
     for stack, blocks in stacks.items():

@@ -1,9 +1,10 @@
 """Soft parameter sharing (Savarese and Maire, ICLR 2019).
 
-Layers of the same kind mix their weights from a bank of templates: W_i = sum_k alpha_ik T_k. A model becomes smaller by
-having fewer templates than layers; layers whose coefficients come to point in one direction are loops.
+Layers of the same kind mix their weights from a bank of templates: W_i = sum_k alpha_ik T_k. A model becomes smaller
+by having fewer templates than layers; layers whose coefficients come to point in one direction are loops.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from hf_approx.modules.bank import (
     share,
     unshare,
 )
-from hf_approx.targets import Patterns, select_modules
+from hf_approx.targets import select_modules
 
 
 @dataclass
@@ -77,11 +78,7 @@ class SharingConfig(MethodConfig):
     def __post_init__(self) -> None:
         where = "SharingConfig"
         k = self.templates
-        if (
-            isinstance(k, bool)
-            or not isinstance(k, (int, float))
-            or not (k >= 1 if isinstance(k, int) else 0 < k <= 1)
-        ):
+        if isinstance(k, bool) or not ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)):
             raise ValueError(f"{where}: templates must be a whole number or a share from 0.0 to 1.0, got {k!r}.")
         if self.init not in ("pretrained", "random"):
             raise ValueError(f"{where}: init must be 'pretrained' or 'random', got {self.init!r}.")
@@ -288,8 +285,8 @@ class SoftSharing(Method):
 def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
     """The best approximation, in the sum of squares, of weights by combinations of so many templates.
 
-    The leading singular vectors of the stacked weights, from their L x L Gram matrix: no matrix of the weights' size is
-    decomposed. With as many templates as weights it is exact.
+    The leading singular vectors of the stacked weights, from their L x L Gram matrix: no matrix of the weights' size
+    is decomposed. With as many templates as weights it is exact.
 
     Args:
         weights: L tensors of equal shape.
@@ -318,8 +315,8 @@ def combine(factors: Tensor, weights: Sequence[Tensor]) -> Tensor:
 def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
     """Modules whose names differ in one block number only and whose weights have equal shapes, by a name for the kind.
 
-    The block number is the outermost one for which there are two such modules; where there are none, the module is left
-    out.
+    The block number is the outermost one for which there are two such modules; where there are none, the module is
+    left out.
     """
     prefix = f"{model.base_model_prefix}." if isinstance(model, PreTrainedModel) else ""
     rest = dict(modules)
@@ -335,10 +332,8 @@ def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
         for (kind, _), group in groups.items():
             if len(group) > 1:
                 label = re.sub(r"[^\w-]", "-", kind)
-                count = sum(
-                    bank == label or re.fullmatch(re.escape(label) + r"-\d+", bank) is not None for bank in banks
-                )
-                banks[f"{label}-{count + 1}" if count else label] = group
+                names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
+                banks[next(name for name in names if name not in banks)] = group
                 rest = {name: module for name, module in rest.items() if name not in group}
     return banks
 

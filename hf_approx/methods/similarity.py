@@ -1,6 +1,6 @@
 """How alike the layers of a bank are: the layer similarity matrix (Savarese and Maire, ICLR 2019)."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -58,8 +58,8 @@ def layer_similarity(model: nn.Module | Method, space: Space = "coefficients") -
         space: `"coefficients"` or `"weights"`.
 
     Returns:
-        For each bank a symmetric matrix of shape (layers, layers), in the model's order of layers: float64, values from
-        0 to 1, 1 on the diagonal.
+        For each bank a symmetric matrix of shape (layers, layers), in the model's order of layers: float64, values
+        from 0 to 1, 1 on the diagonal.
 
     Raises:
         ValueError: The model shares no weights, or the space is unknown.
@@ -84,7 +84,7 @@ def block_similarity(model: nn.Module | Method, space: Space = "coefficients") -
         ValueError: As for `layer_similarity`.
     """
     matrices, banks = layer_similarity(model, space), _shared(model)
-    places = {name: locate(list(banks[name].layers)) for name in matrices}
+    places = locate({name: list(banks[name].layers) for name in matrices})
     stacks: dict[str, set[int]] = {}
     for place in (place for bank in places.values() for place in bank):
         stacks.setdefault(place.stack, set()).add(place.block)
@@ -131,21 +131,37 @@ class Place:
     rest: str
 
 
-def locate(names: Sequence[str]) -> list[Place]:
-    """Where the layers of one bank are: the block is the outermost number in which they differ.
+def locate(banks: Mapping[str, Sequence[str]]) -> dict[str, list[Place]]:
+    """Where the layers of every bank are: the block is the outermost number in which layers of the bank differ.
 
-    A layer whose name has no such number is a block of its own.
+    Where there is none (a bank of one layer), the block is that of another bank's layers beside it, or else the
+    outermost number.
+
+    Args:
+        banks: Names of the layers of each.
     """
-    split = [name.split(".") for name in names]
-    places = []
-    for name, parts in zip(names, split, strict=True):
-        place = Place(name, 0, "")
-        for i, part in enumerate(parts):
-            if part.isdigit() and len({p[i] for p in split if p[:i] == parts[:i] and len(p) > i}) > 1:
-                place = Place(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
-                break
-        places.append(place)
-    return places
+    places = {bank: [_by_difference(name, names) for name in names] for bank, names in banks.items()}
+    stacks = {place.stack for found in places.values() for place in found if place is not None}
+    return {
+        bank: [place or _beside(name, stacks) for place, name in zip(places[bank], names, strict=True)]
+        for bank, names in banks.items()
+    }
+
+
+def _by_difference(name: str, names: Sequence[str]) -> Place | None:
+    parts, split = name.split("."), [other.split(".") for other in names]
+    for i, part in enumerate(parts):
+        if part.isdigit() and len({p[i] for p in split if p[:i] == parts[:i] and len(p) > i}) > 1:
+            return Place(".".join(parts[:i]), int(part), ".".join(parts[i + 1 :]))
+    return None
+
+
+def _beside(name: str, stacks: Container[str]) -> Place:
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    for i in [*(i for i in numbers if ".".join(parts[:i]) in stacks), *numbers]:
+        return Place(".".join(parts[:i]), int(parts[i]), ".".join(parts[i + 1 :]))
+    return Place(name, 0, "")
 
 
 def _shared(model: nn.Module | Method) -> dict[str, SharedLayers]:
