@@ -45,7 +45,7 @@ def similarity_of(layers: SharedLayers, space: Space) -> Tensor:
     """The similarity matrix of one bank: shape (layers, layers), float64, on the CPU, its diagonal exactly 1."""
     coefficients = layers.coefficients.detach().double().cpu()
     matrix = cosines(coefficients, gram(layers.bank) if space == "weights" else None)
-    return matrix.fill_diagonal_(1.0)
+    return ((matrix + matrix.T) / 2).fill_diagonal_(1.0)
 
 
 def layer_similarity(model: nn.Module | Method, space: Space = "coefficients") -> dict[str, Tensor]:

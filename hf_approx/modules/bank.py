@@ -64,6 +64,10 @@ class SharedWeight(nn.Module):
 
     def __init__(self, bank: TemplateBank) -> None:
         super().__init__()
+        self.use(bank)
+
+    def use(self, bank: TemplateBank) -> None:
+        """Mix from another bank from now on."""
         # In a tuple the bank is no submodule of the layer; deepcopy still follows it.
         self._bank = (bank,)
 
@@ -110,9 +114,13 @@ def coefficients_of(module: nn.Module) -> nn.Parameter:
 
 def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_grad: bool = True) -> None:
     """Give up the module's weight, or its earlier coefficients, for a mix of the bank's templates."""
-    if sharing_of(module) is not None:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    module.register_parameter("weight", nn.Parameter(coefficients.clone(), requires_grad))
+    own = nn.Parameter(coefficients.clone(memory_format=torch.contiguous_format), requires_grad)
+    sharing = sharing_of(module)
+    if sharing is not None:
+        sharing.use(bank)
+        module.get_submodule("parametrizations.weight").register_parameter("original", own)
+        return
+    module.register_parameter("weight", own)
     # "unsafe" skips the test that coefficients and weight have one shape; nothing else.
     parametrize.register_parametrization(module, "weight", SharedWeight(bank), unsafe=True)
 
@@ -120,7 +128,12 @@ def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_
 def unshare(module: nn.Module, weight: Tensor | None = None) -> None:
     """Give the module a plain weight of its own again: `weight`, by default what it mixes now."""
     dense = cast(Tensor, module.weight).detach().clone() if weight is None else weight
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    if len(cast(nn.ModuleDict, module.parametrizations)) > 1:
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    else:
+        # A copy of the model has the same class, from which remove_parametrizations would take the weight.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
     module.register_parameter("weight", nn.Parameter(dense))
 
 

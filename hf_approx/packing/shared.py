@@ -75,7 +75,8 @@ def pack_shared(
     stored = dense.to(DTYPES[name])
     if bool((stored.isinf() & dense.isfinite()).any()):
         raise ValueError(f"A coefficient of size {float(dense.abs().max()):.3g} does not fit {name}; store bfloat16.")
-    packed = stored.contiguous().view(torch.uint8).clone()
+    # A contiguous tensor of one element can have any stride; a view as bytes needs 1.
+    packed = stored.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     spec = SharedSpec(
         shape=tuple(shape),
         dtype=name,
