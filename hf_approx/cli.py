@@ -154,7 +154,7 @@ def _show(result: Inspection, brief: bool = False) -> None:
         table.columns[0].overflow = "fold"
         for row in result.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            sparsity = f"{row.sparsity:.2%}" if row.packed else "-"
+            sparsity = f"{row.sparsity:.2%}" if row.packed and not row.bank else "-"
             table.add_row(row.name, shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
         console.print(table)
     console.print(
@@ -166,6 +166,9 @@ def _show(result: Inspection, brief: bool = False) -> None:
             f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
             f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times what masks, precision maps, values and codes need."
         )
+    banks = [row.bank for row in result.rows if row.bank]
+    if banks:
+        console.print(f"Shared weights: {len(banks)} layers mix theirs from {len(set(banks))} banks of templates.")
     weights = sum(result.histogram)
     if weights:
         console.print(

@@ -1,19 +1,20 @@
 """Pictures of layer similarity. Needs matplotlib: `pip install 'hf-approx[plot]'`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hf_approx.plots import load_pyplot
 
 
-def plot_similarity(matrices: Mapping[str, Tensor], path: str | Path) -> None:
+def plot_similarity(matrices: Mapping[str, Tensor | Sequence[Sequence[float]]], path: str | Path) -> None:
     """Draw similarity matrices as heat maps, side by side on one scale from 0 to 1.
 
     Args:
-        matrices: By title, as `layer_similarity` and `block_similarity` return them.
+        matrices: By title, as `layer_similarity` and `block_similarity` return them, or as nested lists.
         path: Where to write; its ending chooses the format (`.png`, `.pdf`, `.svg`).
 
     Raises:
@@ -31,7 +32,7 @@ def plot_similarity(matrices: Mapping[str, Tensor], path: str | Path) -> None:
     for axes in grid.flat[len(matrices) :]:
         axes.set_visible(False)
     for axes, (title, matrix) in zip(grid.flat, matrices.items(), strict=False):
-        image = axes.imshow(matrix.tolist(), vmin=0, vmax=1, cmap="viridis")
+        image = axes.imshow(torch.as_tensor(matrix).tolist(), vmin=0, vmax=1, cmap="viridis")
         axes.set_title(title, fontsize=8)
         axes.set_xlabel("layer", fontsize=7)
         axes.set_ylabel("layer", fontsize=7)

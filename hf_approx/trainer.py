@@ -31,6 +31,7 @@ from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.plots import plot_layers
 from hf_approx.report import Recorder, describe_layers
 from hf_approx.report_plots import has_history, plot_training
+from hf_approx.similarity_plots import plot_similarity
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,13 @@ class ApproxTrainerMixin:
     def _plain_model(self) -> nn.Module:
         """The model without the wrappers of accelerate and torch.compile."""
         return cast(nn.Module, cast(Trainer, self).model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Coefficients of shared weights never decay."""
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
+        kept = tuple(f"{name}.parametrizations.weight.original" for name in layers)
+        return [name for name in names if not (kept and name.endswith(kept))]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
@@ -297,8 +305,11 @@ class ApproxTrainerMixin:
         if has_history(self.approx_report):
             plot_training(self.approx_report, folder / "training.png")
         inspection = inspect_checkpoint(folder) if (folder / "config.json").is_file() else None
-        if inspection is not None and inspection.packed_bytes:
+        if inspection is not None and any(row.packed and not row.bank for row in inspection.rows):
             plot_layers(inspection, folder / "layers.png")
+        banks = {k: v for entry in self.approx_report.get("methods", ()) for k, v in entry.get("banks", {}).items()}
+        if banks:
+            plot_similarity({k: v["similarity"]["weights"] for k, v in banks.items()}, folder / "similarity.png")
 
     def _plain_names(self) -> list[str]:
         shared = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]

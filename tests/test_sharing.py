@@ -374,7 +374,9 @@ def test_a_loaded_model_is_shared_and_trains_on(shared_bert, tmp_path):
     checkpoint = tmp_path / "a" / "checkpoint-2"
     with pytest.raises(PackedFormatError, match="unfinished training"):
         BertForSequenceClassification.from_pretrained(checkpoint)
-    resumed = make_trainer("bert", tmp_path / "b", (), BertForSequenceClassification.from_pretrained(folder), **options)
+    resumed = make_trainer(
+        "bert", tmp_path / "b", (), BertForSequenceClassification.from_pretrained(folder), **options
+    )
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_weights(weights(resumed.model), weights(trainer.model))
     trainer.save_model(str(tmp_path / "model"))

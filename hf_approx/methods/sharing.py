@@ -18,15 +18,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_approx.methods.base import Method, MethodConfig
-from hf_approx.methods.similarity import dissimilarity, layer_similarity, mean_similarity
+from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
 from hf_approx.modules.bank import (
+    SharedLayers,
     SharedWeight,
     TemplateBank,
-    bank_prefix,
     banks_of,
     coefficients_of,
     set_banks,
     share,
+    shared_layers,
+    template_names,
     unshare,
 )
 from hf_approx.targets import select_modules
@@ -226,9 +228,11 @@ class SoftSharing(Method):
         """lambda * mean over banks and over pairs of their layers of 1 - similarity, in coefficients; None if off."""
         if not self._config.recurrence:
             return None
-        device = coefficients_of(next(iter(self.modules.values()))).device
-        rows = [torch.stack([coefficients_of(self.modules[n]).to(device) for n in b]) for b in self.banks.values()]
-        return self._strength * torch.stack([dissimilarity(bank.float()) for bank in rows]).mean()
+        banks = [entry.coefficients.float() for entry in self._own.values() if len(entry.layers) > 1]
+        if not banks:
+            return None
+        terms = [dissimilarity(coefficients) for coefficients in banks]
+        return self._strength * torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
     @property
     def is_final(self) -> bool:
@@ -243,27 +247,33 @@ class SoftSharing(Method):
         with torch.no_grad():
             penalty = self.penalty()
         return {
-            "similarity": mean_similarity(self._own(layer_similarity(self.model))),
+            "similarity": mean_similarity(self._matrices("coefficients")),
             "penalty": 0.0 if penalty is None else float(penalty),
         }
 
     def report(self) -> dict[str, Any]:
         """Also, for every bank, layers, templates, numbers of weights, and both similarity matrices."""
-        matrices = {space: layer_similarity(self.model, space) for space in ("coefficients", "weights")}
+        spaces: tuple[Space, ...] = ("coefficients", "weights")
+        matrices = {space: self._matrices(space) for space in spaces}
         banks = {}
-        for name, bank in self._own(banks_of(self.model)).items():
-            layers, numel = self.banks[name], math.prod(bank.shape)
+        for name, entry in self._own.items():
+            layers, templates, numel = list(entry.layers), len(entry.bank), math.prod(entry.bank.shape)
             banks[name] = {
                 "layers": layers,
-                "templates": len(bank),
+                "templates": templates,
                 "weights_before": len(layers) * numel,
-                "weights_after": len(bank) * numel + len(layers) * len(bank),
+                "weights_after": templates * numel + len(layers) * templates,
                 "similarity": {space: matrix[name].tolist() for space, matrix in matrices.items()},
             }
         return {**super().report(), "banks": banks}
 
-    def _own(self, by_bank: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in by_bank.items() if name in self.banks}
+    @property
+    def _own(self) -> dict[str, SharedLayers]:
+        """The banks that its layers use now: folding may have replaced the ones it made."""
+        return {n: e for n, e in shared_layers(self.model).items() if not self.modules.keys().isdisjoint(e.layers)}
+
+    def _matrices(self, space: Space) -> dict[str, Tensor]:
+        return {name: similarity_of(entry, space) for name, entry in self._own.items()}
 
     def detach(self) -> None:
         """Give every layer a weight of its own: the one it had if training has not started, else the mix."""
@@ -277,9 +287,7 @@ class SoftSharing(Method):
     def bake(self) -> list[str]:
         """Leave the weights shared; returns the names of the templates."""
         self._dense = {}
-        prefix = bank_prefix(self.model)
-        own = self._own(banks_of(self.model))
-        return [f"{prefix}{name}.{k}.weight" for name, bank in own.items() for k in range(len(bank))]
+        return template_names(self.model)
 
 
 def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:

@@ -96,7 +96,8 @@ class SharedLayers:
     @property
     def coefficients(self) -> Tensor:
         """Of every layer: shape (layers, templates)."""
-        return torch.stack([coefficients_of(layer) for layer in self.layers.values()])
+        rows = [coefficients_of(layer) for layer in self.layers.values()]
+        return torch.stack([row.to(rows[0].device) for row in rows])
 
 
 def sharing_of(module: nn.Module) -> SharedWeight | None:
@@ -165,9 +166,14 @@ def bank_prefix(model: nn.Module) -> str:
 
 
 def template_names(model: nn.Module) -> list[str]:
-    """Names of the templates' weights, as parameters of the model."""
+    """Names of the templates' weights, as parameters of the model; not of those mixed from other templates."""
     prefix = bank_prefix(model)
-    return [f"{prefix}{name}.{k}.weight" for name, bank in banks_of(model).items() for k in range(len(bank))]
+    return [
+        f"{prefix}{name}.{k}.weight"
+        for name, bank in banks_of(model).items()
+        for k, template in enumerate(bank)
+        if sharing_of(template) is None
+    ]
 
 
 def shared_layers(model: nn.Module) -> dict[str, SharedLayers]:
