@@ -164,7 +164,8 @@ def _show(result: Inspection, brief: bool = False) -> None:
     if result.packed_bytes:
         console.print(
             f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
-            f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times what masks, precision maps, values and codes need."
+            f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times the bound "
+            "(entropy of masks and precision maps, kept values, codes, scales)."
         )
     banks = [row.bank for row in result.rows if row.bank]
     if banks:

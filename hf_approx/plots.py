@@ -38,7 +38,7 @@ class _Panel:
 
 def plot_layers(inspection: Inspection, path: str | Path) -> None:
     """Draw what there is of `plot_sparsity` and `plot_bits`, side by side if both; see there."""
-    _draw([panel for panel in (_sparsity(inspection), _bits(inspection)) if panel.rows], path)
+    _draw([_sparsity(inspection), _bits(inspection)], path)
 
 
 def plot_sparsity(inspection: Inspection, path: str | Path) -> None:
@@ -52,7 +52,7 @@ def plot_sparsity(inspection: Inspection, path: str | Path) -> None:
         ValueError: No weight is sparse.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    _draw([panel for panel in [_sparsity(inspection)] if panel.rows], path)
+    _draw([_sparsity(inspection)], path)
 
 
 def plot_bits(inspection: Inspection, path: str | Path) -> None:
@@ -66,7 +66,7 @@ def plot_bits(inspection: Inspection, path: str | Path) -> None:
         ValueError: No weight is quantized.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    _draw([panel for panel in [_bits(inspection)] if panel.rows], path)
+    _draw([_bits(inspection)], path)
 
 
 def _sparsity(inspection: Inspection) -> _Panel:
@@ -85,6 +85,7 @@ def _bits(inspection: Inspection) -> _Panel:
 
 
 def _draw(panels: list[_Panel], path: str | Path) -> None:
+    panels = [panel for panel in panels if panel.rows]
     if not panels:
         raise ValueError("There is no packed weight to draw.")
     pyplot = load_pyplot()

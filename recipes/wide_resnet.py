@@ -1,4 +1,4 @@
-"""The wide residual network of Zagoruyko and Komodakis (2016) for small images, with the banks of Savarese and Maire."""
+"""The wide residual network of Zagoruyko and Komodakis (2016) for small images, and its banks of templates."""
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class WideResNet(nn.Module):
         for i in range(3):
             first = Block(sizes[i], sizes[i + 1], stride=1 if i == 0 else 2)
             others = [Block(sizes[i + 1], sizes[i + 1], stride=1) for _ in range((depth - 4) // 6 - 1)]
-            self.stages.append(nn.ModuleList([first, *others]))
+            self.stages.append(nn.Sequential(first, *others))
         self.norm = nn.BatchNorm2d(sizes[3])
         self.head = nn.Linear(sizes[3], classes)
         for module in self.modules():
@@ -61,8 +61,7 @@ class WideResNet(nn.Module):
         """Images (N, channels, H, W) -> logits (N, classes)."""
         x = self.stem(x)
         for stage in self.stages:
-            for block in stage:  # type: ignore[union-attr]
-                x = block(x)
+            x = stage(x)
         return self.head(torch.relu(self.norm(x)).mean((2, 3)))
 
 

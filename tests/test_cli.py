@@ -12,8 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from helpers import ROOT
 from hf_approx import attach_packing
 from hf_approx.cli import main
-from hf_approx.inspection import Row
-from hf_approx.plots import _position
+from hf_approx.inspection import Row, inspect_checkpoint
+from hf_approx.packing import Grid
+from hf_approx.plots import _position, plot_bits
 from hf_approx.report import kind_of
 from hf_approx.targets import select_modules
 from models import batch, build
@@ -71,6 +72,19 @@ def size(folder):
     return (folder / "model.safetensors").stat().st_size
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized")
+    model, names = zeroed(0.2)
+    grids = {}
+    for i, name in enumerate(names):
+        bits = torch.full(model.get_parameter(name).shape, 2 + i % 3, dtype=torch.uint8)
+        grids[name] = Grid(bits, torch.full((1, 1), 0.05))
+    attach_packing(model, names, "float16", grids)
+    model.save_pretrained(folder)
+    return folder
+
+
 def test_compress_then_decompress(trained, tmp_path):
     result = cli("compress", trained, tmp_path / "small", "--store-dtype", "float32")
     assert result.returncode == 0, result.stderr
@@ -105,6 +119,40 @@ def test_inspect_table_has_a_row_for_each_tensor(packed):
     assert result.returncode == 0, result.stderr
     assert "sparsity" in result.stdout
     assert "times smaller than dense" in result.stdout.replace("\n", " ")
+
+
+def test_inspect_shows_bits_and_their_histogram(quantized, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", str(quantized), "--plot", str(tmp_path / "layers.svg")])
+    assert exit_.value.code == 0
+    table = capsys.readouterr().out
+    report = inspect_checkpoint(quantized)
+    assert "2 bits" in table
+    assert f"{report.bits:.3f} bits a weight, {report.code_bits:.3f} of them codes" in table
+    assert f"{report.histogram[3] / sum(report.histogram):.2%}" in table
+    assert report.histogram[0] == pytest.approx(0.2 * sum(report.histogram), rel=0.1)
+    assert (tmp_path / "layers.svg").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        main(["inspect", str(quantized), "--json"])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report.to_dict()))
+
+
+def test_inspect_reads_no_weights(quantized, tmp_path, capsys):
+    """The header of a weight file is enough: here the bytes after it are all zero."""
+    folder = shutil.copytree(quantized, tmp_path / "model")
+    data = (folder / "model.safetensors").read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    (folder / "model.safetensors").write_bytes(data[:header] + bytes(len(data) - header))
+    assert inspect_checkpoint(folder) == inspect_checkpoint(quantized)
+
+
+def test_decompress_a_quantized_checkpoint(quantized, tmp_path, refuse):
+    refuse("packed already", "compress", quantized, tmp_path / "out")
+    with pytest.raises(SystemExit) as exit_:
+        main(["decompress", str(quantized), str(tmp_path / "plain")])
+    assert exit_.value.code == 0
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert torch.equal(logits(tmp_path / "plain"), logits(quantized))
 
 
 @pytest.mark.parametrize("command", [(), ("train",), ("compress",), ("inspect",), ("decompress",)])
@@ -191,6 +239,8 @@ def test_a_plot_of_the_layers(packed, trained, tmp_path, refuse):
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
     refuse("no packed weight to draw", "inspect", trained, "--plot", tmp_path / "none.png")
     assert kind_of("bert.encoder.layer.10.attention.self.query.weight") == "attention.self.query"
+    with pytest.raises(ValueError, match="no packed weight to draw"):
+        plot_bits(inspect_checkpoint(packed), tmp_path / "bits.png")
     names = ["h.10.a.weight", "h.2.a.weight"]
     rows = [Row(name, (1,), "float16", True, 0.5, 1.0, 1, 1) for name in names]
     assert [row.name for row in sorted(rows, key=_position)] == names[::-1]

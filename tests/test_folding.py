@@ -174,6 +174,18 @@ def test_train_fold_train_on_and_save(tmp_path):
     assert torch.equal(logits(final), logits(again.model))
 
 
+def test_a_model_folded_before_training_trains_with_its_method(tmp_path):
+    config = SharingConfig(templates=2, recurrence=0.1)
+    trainer = make_trainer("llama", tmp_path, config, llama(3), max_steps=2)
+    fold(trainer.model, layers=2)
+    trainer.train()
+    report = trainer.approx_report["methods"][0]
+    assert len(report["banks"]) == 14
+    assert report["similarity"] == 1.0
+    trainer.save_model(str(tmp_path / "model"))
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "model")), logits(trainer.model))
+
+
 def test_clusters_are_complete_linkage():
     rows = [[1.0, 0.96, 0.2, 0.90], [0.96, 1.0, 0.3, 0.99], [0.2, 0.3, 1.0, 0.0], [0.90, 0.99, 0.0, 1.0]]
     similarity = torch.tensor(rows, dtype=torch.float64)

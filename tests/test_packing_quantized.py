@@ -255,13 +255,16 @@ def test_missing_and_unknown_fields_are_refused():
 
 
 def test_an_entry_without_a_kind_is_sparse():
-    """As format version 1 wrote them."""
-    packed, spec = pack(torch.eye(3, 4))
-    entry = {"shape": [3, 4], "dtype": "float32", "nnz": 3, "rice": spec.rice, "nbytes": 14}
-    read = spec_from_dict("layer", {**entry, "crc32": zlib.crc32(packed.numpy())})
+    """Bytes and entry as the first release, which knew no kinds, wrote them."""
+    entry = {"shape": [4, 5], "dtype": "float16", "nnz": 3, "rice": 2, "nbytes": 8, "crc32": 3450386577}
+    read = spec_from_dict("layer", entry)
     assert isinstance(read, SparseSpec)
-    assert "kind" not in read.to_dict()
-    assert torch.equal(unpack(packed, read), torch.eye(3, 4))
+    assert read.to_dict() == entry
+    weight = torch.zeros(4, 5)
+    weight[0, 1], weight[1, 4], weight[3, 3] = 1.5, -2, 0.25
+    packed = torch.tensor(list(bytes.fromhex("0d25003e00c00034")), dtype=torch.uint8)
+    assert torch.equal(unpack(packed, read), weight.half())
+    assert torch.equal(pack(weight.half())[0], packed)
 
 
 def test_a_file_of_scales_that_are_not_positive_is_refused():

@@ -308,7 +308,8 @@ def test_damaged_bytes_are_named(tmp_path, change, message, runtime):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=2), "format version 2"),
+        (lambda q: q.update(format_version=3), "format version 3; this hf_approx reads versions 1 to 2"),
+        (lambda q: q.update(format_version=True), "format version True"),
         (lambda q: q.update(format_version="1; rm"), "format version"),
         (lambda q: q["tensors"][KEY].update(nnz=10**9), "nnz is 1000000000"),
         (lambda q: q["tensors"][KEY].update(shape=[2**31, 2**31]), "larger than any weight"),

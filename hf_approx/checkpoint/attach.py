@@ -16,6 +16,7 @@ from hf_approx.packing import (
     TensorSpec,
     check_grid,
     dtype_from_name,
+    expand,
     pack,
     pack_quantized,
     round_to_grid,
@@ -99,6 +100,7 @@ def _on_grid(name: str, weight: Tensor, grid: Grid) -> Tensor:
     there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
     value = round_to_grid(weight, there)
     value = torch.where(value == 0, torch.zeros_like(value), value)
-    if not bool(value.isfinite().all()) or not torch.equal(round_to_grid(value, there), value):
+    lost = (value == 0) & (weight != 0) & (expand(there.bits, weight.shape) > 0)
+    if bool(lost.any()) or not bool(value.isfinite().all()) or not torch.equal(round_to_grid(value, there), value):
         raise ValueError(f"attach_packing: a scale of '{name}' is too large or too small for {weight.dtype}.")
     return value

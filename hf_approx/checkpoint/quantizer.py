@@ -178,6 +178,7 @@ class ApproxQuantizer(HfQuantizer):
             self.quantization_config.runtime == "packed"
             and type(module) in (nn.Linear, Conv1D)
             and users == 1
+            and not module._forward_pre_hooks
             and spec.nnz / spec.numel <= MAX_DENSITY
             and packed.device.type == "cpu"
             and self._dtypes[name] in (torch.float32, torch.float64)
@@ -199,6 +200,7 @@ class ApproxQuantizer(HfQuantizer):
         shared = pack_sharing(model, dtype)
         specs = _own_names(config.tensors, model, tensors)
         grids = _own_names(self.grids, model, tensors)
+        packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         state: dict[str, Tensor] = {}
@@ -206,10 +208,11 @@ class ApproxQuantizer(HfQuantizer):
             if name in shared:
                 weight, state[weight], specs[weight] = shared[name]
                 continue
-            spec = specs.get(name)
+            own = packed_as.get(id(tensor), name)
+            spec = specs.get(own)
             if id(tensor) not in done:
-                if name in grids:
-                    done[id(tensor)] = _quantized(name, tensor, grids[name], dtype)
+                if own in grids:
+                    done[id(tensor)] = _quantized(own, tensor, grids[own], dtype)
                 elif spec is not None and tensor.dtype != torch.uint8:
                     done[id(tensor)] = pack(tensor, dtype)
                 elif dtype is not None and name in params and tensor.is_floating_point():
@@ -217,8 +220,7 @@ class ApproxQuantizer(HfQuantizer):
                 else:
                     done[id(tensor)] = (tensor.detach(), spec)
             state[name], written = done[id(tensor)]
-            if name in grids or (spec is not None and written is not None):
-                assert written is not None
+            if own == name and written is not None:
                 if spec is not None and written.sparsity < spec.sparsity - 0.01:
                     logger.warning(
                         "'%s' had %.1f %% zeros when it was loaded and has %.1f %% now. Training keeps zeros unless "
@@ -291,8 +293,8 @@ def _quantized(name: str, weight: Tensor, grid: Grid, dtype: torch.dtype | None)
     there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
     if not torch.equal(round_to_grid(weight.detach(), there), weight.detach()):
         logger.warning(
-            "'%s' has changed since it was quantized. It is saved rounded to its grid, so the saved model differs from "
-            "the one in memory.",
+            "'%s' is no longer on the grid it was quantized to. It is saved rounded to it, so the saved model differs "
+            "from the one in memory.",
             name,
         )
     return packed

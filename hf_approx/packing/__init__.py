@@ -1,6 +1,6 @@
 """The bytes of a compressed tensor: what is in them, how to write and read them exactly."""
 
-from hf_approx.packing.grid import MAX_BITS, Grid, round_to_grid
+from hf_approx.packing.grid import MAX_BITS, Grid, expand, round_to_grid
 from hf_approx.packing.kinds import spec_from_dict
 from hf_approx.packing.quantized import QuantizedSpec, check_grid, pack_quantized, unpack_quantized
 from hf_approx.packing.shared import SharedSpec, pack_shared, unpack_shared
@@ -19,6 +19,7 @@ __all__ = [
     "check_grid",
     "dtype_from_name",
     "dtype_name",
+    "expand",
     "pack",
     "pack_quantized",
     "pack_shared",
