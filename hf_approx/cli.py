@@ -161,7 +161,7 @@ def _show(result: Inspection, brief: bool = False) -> None:
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
         f"({result.dense_bytes:,} bytes in the same dtypes)."
     )
-    if result.packed_bytes:
+    if any(row.packed and not row.bank for row in result.rows):
         console.print(
             f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
             f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times the bound "
