@@ -147,9 +147,9 @@ class ApproxTrainerMixin:
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Coefficients of shared weights never decay."""
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
-        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
-        kept = tuple(f"{name}.parametrizations.weight.original" for name in layers)
-        return [name for name in names if not (kept and name.endswith(kept))]
+        layers = [name.removesuffix(".weight") for name in self._shared_names()]
+        kept = tuple(f"{layer}.parametrizations.weight.original" for layer in layers)
+        return [name for name in names if not name.endswith(kept)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
@@ -233,7 +233,9 @@ class ApproxTrainerMixin:
             for method in self.methods:
                 method.remove()
             self._finalized = True
-        names = list(dict.fromkeys(names))
+        # A weight that was loaded packed may be shared now.
+        shared = self._shared_names()
+        names = [name for name in dict.fromkeys(names) if name not in shared]
         self.approx_report["totals"] = self._pack(names)
         self.approx_report.update(
             describe_layers(dict(self._plain_model.named_parameters(remove_duplicate=False)), names)
@@ -312,8 +314,12 @@ class ApproxTrainerMixin:
             plot_similarity({k: v["similarity"]["weights"] for k, v in banks.items()}, folder / "similarity.png")
 
     def _plain_names(self) -> list[str]:
-        shared = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
-        return [f"{name}.weight" for name in [*(n for method in self.methods for n in method.modules), *shared]]
+        return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
+
+    def _shared_names(self) -> list[str]:
+        """Names of the weights that are mixed from templates."""
+        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
+        return [f"{name}.weight" for name in layers]
 
     @property
     def _unfinished(self) -> bool:

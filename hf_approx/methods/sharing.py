@@ -168,16 +168,8 @@ class SoftSharing(Method):
             taken: dict[str, str] = {}
             for name, modules in banks.items():
                 _refuse_parametrized(modules)
-                if len(modules) < 2:
-                    raise ValueError(f"SharingConfig: group '{name}' has one layer, '{min(modules)}': it needs two.")
-                shapes = {layer: tuple(module.get_parameter("weight").shape) for layer, module in modules.items()}
-                first = next(iter(shapes))
-                for layer, shape in shapes.items():
-                    if shape != shapes[first]:
-                        raise ValueError(
-                            f"SharingConfig: group '{name}' has weights of different shapes: '{first}' "
-                            f"{list(shapes[first])} and '{layer}' {list(shape)}."
-                        )
+                _check_group(name, modules)
+                for layer in modules:
                     if layer in taken:
                         raise ValueError(f"SharingConfig: '{layer}' is in groups '{taken[layer]}' and '{name}'.")
                     taken[layer] = name
@@ -344,6 +336,20 @@ def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
                 banks[next(name for name in names if name not in banks)] = group
                 rest = {name: module for name, module in rest.items() if name not in group}
     return banks
+
+
+def _check_group(name: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` unless there are two layers and all have one shape."""
+    if len(modules) < 2:
+        raise ValueError(f"SharingConfig: group '{name}' has one layer, '{min(modules)}': it needs two.")
+    shapes = {layer: list(module.get_parameter("weight").shape) for layer, module in modules.items()}
+    first = next(iter(shapes))
+    for layer, shape in shapes.items():
+        if shape != shapes[first]:
+            raise ValueError(
+                f"SharingConfig: group '{name}' has weights of different shapes: '{first}' {shapes[first]} and "
+                f"'{layer}' {shape}."
+            )
 
 
 def _in_order(model: nn.Module, banks: Mapping[str, Mapping[str, nn.Module]]) -> list[str]:
