@@ -1,13 +1,17 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
+from hf_approx.folding import fold
 from hf_approx.loops import TicketConfig
 from hf_approx.methods import (
     MagnitudePruningConfig,
     MovementPruningConfig,
+    SharingConfig,
     SmolConfig,
     SparsificationConfig,
     UniformQuantizationConfig,
+    block_similarity,
+    layer_similarity,
 )
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
@@ -26,11 +30,15 @@ __all__ = [
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",
+    "SharingConfig",
     "SmolConfig",
     "SparsificationConfig",
     "TicketConfig",
     "TicketTrainer",
     "UniformQuantizationConfig",
     "attach_packing",
+    "block_similarity",
+    "fold",
     "keep_zeros",
+    "layer_similarity",
 ]

@@ -23,7 +23,11 @@ CARD_FILE = "README.md"
 MARKER = (
     "<!-- Written by hf_approx. Remove this line to keep your changes: the next save then leaves the file alone. -->"
 )
-PICTURES = {"layers.png": "Sparsity of every packed layer", "training.png": "Sparsity and masks over training"}
+PICTURES = {
+    "layers.png": "Sparsity and bits of every packed layer",
+    "training.png": "Sparsity and masks over training",
+    "similarity.png": "Similarity of the layers that share templates",
+}
 PLACEHOLDER = "PATH_OR_REPO"
 
 # All that is neither a letter, a digit nor harmless; underscores that do not join two words; the point that makes a

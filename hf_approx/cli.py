@@ -185,19 +185,22 @@ def _show(result: Inspection, brief: bool = False) -> None:
         table.columns[0].overflow = "fold"
         for row in result.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
-            sparsity = f"{row.sparsity:.2%}" if row.packed else "-"
+            sparsity = f"{row.sparsity:.2%}" if row.packed and not row.bank else "-"
             table.add_row(row.name, shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
         console.print(table)
     console.print(
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
         f"({result.dense_bytes:,} bytes in the same dtypes)."
     )
-    if result.packed_bytes:
+    if any(row.packed and not row.bank for row in result.rows):
         console.print(
             f"Packed weights: {result.sparsity:.2%} sparse, {result.packed_bytes:,} bytes, "
             f"{result.packed_bytes / max(result.packed_bound_bytes, 1):.3f} times the bound "
             "(entropy of masks and precision maps, kept values, codes, scales)."
         )
+    banks = [row.bank for row in result.rows if row.bank]
+    if banks:
+        console.print(f"Shared weights: {len(banks)} layers mix theirs from {len(set(banks))} banks of templates.")
     weights = sum(result.histogram)
     if weights:
         console.print(

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
-from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, TensorSpec
+from hf_approx.modules.bank import BANKS
+from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, SharedSpec, TensorSpec
 
 ITEM_BYTES = {
     "F64": 8,
@@ -35,6 +36,8 @@ class Row:
     Attributes:
         bits: Bits a weight on disk, with everything that is stored beside the weights.
         counts: Of a quantized weight: how many of its weights have 0, 1, ..., 8 bits. Otherwise empty.
+        bank: Of a weight mixed from templates: the name of their bank. Otherwise empty.
+        dense_bytes: 0 for the templates themselves, which no dense model has.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Row:
     bytes: int
     dense_bytes: int
     counts: tuple[int, ...] = ()
+    bank: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,8 @@ class Inspection:
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros over the packed weights."""
-        packed = [row for row in self.rows if row.packed]
+        """Share of zeros over the packed weights, without those mixed from templates."""
+        packed = [row for row in self.rows if row.packed and not row.bank]
         total = sum(math.prod(row.shape) for row in packed)
         return sum(row.sparsity * math.prod(row.shape) for row in packed) / total if total else 0.0
 
@@ -218,9 +222,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None) -> Row:
+    template = f".{BANKS}." in f".{name}"
     if spec is None:
         size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
-        return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, size)
+        return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, 0 if template else size)
     spec.check_stored(name, dtype, shape)
     counts = spec.weights if isinstance(spec, QuantizedSpec) else ()
-    return Row(name, spec.shape, spec.dtype, True, spec.sparsity, spec.bits, spec.nbytes, spec.dense_bytes, counts)
+    bank, dense = spec.bank if isinstance(spec, SharedSpec) else "", 0 if template else spec.dense_bytes
+    return Row(name, spec.shape, spec.dtype, True, spec.sparsity, spec.bits, spec.nbytes, dense, counts, bank)

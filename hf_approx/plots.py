@@ -70,7 +70,8 @@ def plot_bits(inspection: Inspection, path: str | Path) -> None:
 
 
 def _sparsity(inspection: Inspection) -> _Panel:
-    rows = sorted((row for row in inspection.rows if row.packed and (row.sparsity or not row.counts)), key=_position)
+    packed = [row for row in inspection.rows if row.packed and not row.bank]
+    rows = sorted((row for row in packed if row.sparsity or not row.counts), key=_position)
     title = f"{inspection.sparsity:.1%} of the packed weights are removed"
     values = [100 * row.sparsity for row in rows]
     return _Panel(rows, values, 100 * inspection.sparsity, 100, "weights removed, %", title)

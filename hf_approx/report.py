@@ -7,13 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from hf_approx.methods import Method
+from hf_approx.modules.bank import BANKS
 from hf_approx.packing import Grid, expand
 
 REPORT_FILE = "approx_report.json"
 
 
 def kind_of(name: str) -> str:
-    """What a layer is within its block: the name after the last number, without `weight`."""
+    """What a layer is within its block: the name after the last number, without `weight`; of a template its bank."""
+    _, in_bank, rest = f".{name}".partition(f".{BANKS}.")
+    if in_bank:
+        return rest.split(".")[0]
     return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
 
 

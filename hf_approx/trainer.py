@@ -23,8 +23,9 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
 from hf_approx.methods import Method, MethodConfig
+from hf_approx.modules.bank import banks_of, saved_weights, shared_layers, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.packing import TensorSpec, dtype_from_name
+from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid
 from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.trainer_hub import HubMixin
@@ -136,7 +137,9 @@ class ApproxTrainerMixin(HubMixin):
         if isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer):
             config = model.config.quantization_config
             smaller = (config.structure or {"shapes": {}})["shapes"]
-            self._repack = list(dict.fromkeys([*config.tensors, *(n for n in smaller if n.endswith(".weight"))]))
+            packed = [name for name, spec in config.tensors.items() if not isinstance(spec, SharedSpec)]
+            smaller_weights = [name for name in smaller if name.endswith(".weight")]
+            self._repack = list(dict.fromkeys([*packed, *smaller_weights, *template_names(model)]))
             if config.runtime == "packed":
                 raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
             self._grids = dict(quantizer.grids)
@@ -146,6 +149,13 @@ class ApproxTrainerMixin(HubMixin):
     def _plain_model(self) -> nn.Module:
         """The model without the wrappers of accelerate and torch.compile."""
         return cast(nn.Module, cast(Trainer, self).model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Coefficients of shared weights never decay."""
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        layers = [name.removesuffix(".weight") for name in self._shared_names()]
+        kept = tuple(f"{layer}.parametrizations.weight.original" for layer in layers)
+        return [name for name in names if not name.endswith(kept)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
@@ -245,7 +255,9 @@ class ApproxTrainerMixin(HubMixin):
             for method in sorted(self.methods, key=lambda method: method.renames):
                 names = method.remove(names)
             self._finalized = True
-        names = list(dict.fromkeys(names))
+        # A weight that was loaded packed may be shared now.
+        shared = self._shared_names()
+        names = [name for name in dict.fromkeys(names) if name not in shared]
         self.approx_report["totals"] = self._pack(names)
         params = dict(self._plain_model.named_parameters(remove_duplicate=False))
         self.approx_report.update(describe_layers(params, names, self._all_grids()))
@@ -260,7 +272,7 @@ class ApproxTrainerMixin(HubMixin):
         """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
         model = self._plain_model
         params = dict(model.named_parameters(remove_duplicate=False))
-        removed = sum(method.removed for method in self.methods)
+        removed = sum(method.removed for method in self.methods) + saved_weights(model)
         total = sum(params[name].numel() for name in names) + removed
         width = params[names[0]].element_size()
         specs: dict[str, TensorSpec] = {}
@@ -281,7 +293,8 @@ class ApproxTrainerMixin(HubMixin):
             "sparsity": 1 - kept / total,
             **({"bits": average_bits(params, grids)} if grids else {}),
             "dense_bytes": total * width,
-            "packed_bytes": sum(specs[n].nbytes if n in specs else params[n].numel() * stored for n in names),
+            "packed_bytes": sum(spec.nbytes for spec in specs.values())
+            + sum(params[name].numel() * stored for name in names if name not in specs),
         }
 
     def _all_grids(self) -> dict[str, Grid]:
@@ -297,7 +310,7 @@ class ApproxTrainerMixin(HubMixin):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer, model = cast(Trainer, self), self._plain_model
         folder = output_dir or trainer.args.output_dir or "."
-        if self._finalized or not isinstance(model, PreTrainedModel):
+        if not self._unfinished or not isinstance(model, PreTrainedModel):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             if trainer.args.should_save:
                 self._save_arguments(Path(folder))
@@ -318,11 +331,21 @@ class ApproxTrainerMixin(HubMixin):
             self._save_arguments(Path(folder))
 
     def _plain_names(self) -> list[str]:
-        return [f"{name}.weight" for method in self.methods for name in method.modules]
+        return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
+
+    def _shared_names(self) -> list[str]:
+        """Names of the weights that are mixed from templates."""
+        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
+        return [f"{name}.weight" for name in layers]
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether weights are not under their own names, so that only this training can load them."""
+        return not self._finalized or bool(self._repack and banks_of(self._plain_model))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""
-        if not self._finalized:
+        if self._unfinished:
             unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
             missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
             if missing or unexpected:

@@ -19,6 +19,7 @@ from hf_approx.inspection import inspect_checkpoint
 from hf_approx.plots import plot_layers
 from hf_approx.report import REPORT_FILE
 from hf_approx.report_plots import has_history, plot_training
+from hf_approx.similarity_plots import plot_similarity
 
 NOT_MEASUREMENTS = ("epoch", "_runtime", "_per_second", "_time")
 FILE_LOADERS = ("csv", "json", "pandas", "parquet", "text")
@@ -163,8 +164,11 @@ class HubMixin:
         if not isinstance(cast(Trainer, self).model, PreTrainedModel):
             return
         inspection = inspect_checkpoint(folder)
-        if plots and inspection.packed_bytes:
+        if plots and any(row.packed and not row.bank for row in inspection.rows):
             plot_layers(inspection, folder / "layers.png")
+        banks = {k: v for entry in self.approx_report.get("methods", ()) for k, v in entry.get("banks", {}).items()}
+        if plots and banks:
+            plot_similarity({k: v["similarity"]["weights"] for k, v in banks.items()}, folder / "similarity.png")
         write_card(folder)
 
     def _save_arguments(self, folder: Path) -> None:

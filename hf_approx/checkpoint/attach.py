@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_approx.checkpoint.activations import activations_of
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
+from hf_approx.checkpoint.shared import pack_sharing
 from hf_approx.checkpoint.zeros import keep_zeros
 from hf_approx.packing import (
     Grid,
@@ -34,7 +35,7 @@ def attach_packing(
     Weights with a grid are rounded to it, every other floating-point parameter to `store_dtype`, in place (their own
     dtype stays), so the loaded model computes bit for bit what this one does. Weights with a grid are always packed,
     others if they get smaller; if none is, and the model's config says the sizes of all its layers, the model is left
-    alone and saves plain. Quantized activations the model has are saved with it.
+    alone and saves plain. Quantized activations and shared weights the model has are saved with it.
 
     Args:
         model: A model whose weights are final.
@@ -75,6 +76,7 @@ def attach_packing(
         spec = pack(value, dtype)[1]
         if spec.nbytes < spec.dense_bytes:
             specs[name] = spec
+    specs.update((name, spec) for name, _, spec in pack_sharing(model, dtype).values())
     structure, activations = sizes_of(model), activations_of(model)
     if not specs and structure is None and not activations:
         return {}

@@ -12,7 +12,7 @@ from hf_approx.structures import check_description
 
 QUANT_METHOD = "hf_approx"
 FORMAT_VERSION = 2
-"""Version 2 added quantized weights and activations; a file without them is still written as version 1."""
+"""Version 2 added shared and quantized weights and quantized activations; without them version 1 is still written."""
 
 Runtime = Literal["dense", "packed"]
 

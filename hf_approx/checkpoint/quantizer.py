@@ -14,12 +14,14 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
 from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import (
     Grid,
     PackedFormatError,
     QuantizedSpec,
+    SharedSpec,
     SparseSpec,
     TensorSpec,
     dtype_from_name,
@@ -86,7 +88,7 @@ class ApproxQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes a packed byte takes once decoded, so `device_map="auto"` plans for the dense weight."""
         spec = self.quantization_config.tensors.get(param_name)
-        if spec is None or self.quantization_config.runtime == "packed":
+        if spec is None or isinstance(spec, SharedSpec) or self.quantization_config.runtime == "packed":
             return param.element_size()
         return spec.numel * self._dtypes[param_name].itemsize / max(param.numel(), 1)
 
@@ -107,6 +109,7 @@ class ApproxQuantizer(HfQuantizer):
             except ValueError as error:
                 raise PackedFormatError(str(error)) from None
         install_activations(model, config.activations)
+        install_banks(model, config.tensors)
         params = dict(model.named_parameters(remove_duplicate=False))
         lost = [name for name, spec in config.tensors.items() if not _own_names({name: spec}, model, params)]
         if lost and type(model).__name__ in (model.config.architectures or ()):
@@ -135,6 +138,9 @@ class ApproxQuantizer(HfQuantizer):
             try:
                 if isinstance(spec, SparseSpec) and self._runs_packed(model, name, spec):
                     self._install_sparse(model, name, spec)
+                    continue
+                if isinstance(spec, SharedSpec):
+                    install_shared(model, name, spec, packed.data, self._dtypes[name])
                     continue
                 dense = nn.Parameter(self._decode(name, packed.data, spec))
             except PackedFormatError as error:
@@ -191,6 +197,7 @@ class ApproxQuantizer(HfQuantizer):
         config = self.quantization_config
         dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
         tensors = model.state_dict(keep_vars=True)
+        shared = pack_sharing(model, dtype)
         specs = _own_names(config.tensors, model, tensors)
         grids = _own_names(self.grids, model, tensors)
         packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
@@ -198,6 +205,9 @@ class ApproxQuantizer(HfQuantizer):
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
+            if name in shared:
+                weight, state[weight], specs[weight] = shared[name]
+                continue
             own = packed_as.get(id(tensor), name)
             spec = specs.get(own)
             if id(tensor) not in done:
@@ -241,6 +251,7 @@ class ApproxQuantizer(HfQuantizer):
                 "Layers of this model quantize their input, which transformers alone cannot do, so it cannot be made "
                 "plain: only hf_approx loads it."
             )
+        materialize_shared(model)
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:

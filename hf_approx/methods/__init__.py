@@ -3,6 +3,8 @@
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
+from hf_approx.methods.sharing import SharingConfig, SoftSharing
+from hf_approx.methods.similarity import block_similarity, layer_similarity
 from hf_approx.methods.smol import Smol, SmolConfig
 from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
 from hf_approx.methods.uniform import UniformQuantization, UniformQuantizationConfig
@@ -11,6 +13,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
     "movement": MovementPruningConfig,
+    "sharing": SharingConfig,
     "smol": SmolConfig,
     "uniform": UniformQuantizationConfig,
 }
@@ -25,9 +28,13 @@ __all__ = [
     "MethodConfig",
     "MovementPruning",
     "MovementPruningConfig",
+    "SharingConfig",
     "Smol",
     "SmolConfig",
+    "SoftSharing",
     "SparsificationConfig",
     "UniformQuantization",
     "UniformQuantizationConfig",
+    "block_similarity",
+    "layer_similarity",
 ]

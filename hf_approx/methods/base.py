@@ -52,7 +52,9 @@ class Method(ABC):
 
     name: str
     quantizes = False
-    """Whether the method puts weights on a grid; the others remove some."""
+    """Whether the method puts weights on a grid; the others remove some, or share them."""
+    shares = False
+    """Whether the method computes weights from templates, which are what others may work on."""
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
@@ -94,6 +96,8 @@ class Method(ABC):
         below = [method for method in earlier if method.modules.get(name) is module]
         if len(below) != len(parametrizations(module)):
             raise ValueError(f"'{name}' is already parametrized by another method.")
+        if below[-1].shares:
+            raise ValueError(f"'{name}' is mixed from templates; target those, in hf_approx_banks, instead.")
         if below[-1].quantizes:
             raise ValueError(f"'{name}' is already quantized by {below[-1].name}; quantize once, as the last method.")
         if not self.quantizes:

@@ -3,6 +3,7 @@
 from hf_approx.packing.grid import MAX_BITS, Grid, expand, round_to_grid
 from hf_approx.packing.kinds import spec_from_dict
 from hf_approx.packing.quantized import QuantizedSpec, check_grid, pack_quantized, unpack_quantized
+from hf_approx.packing.shared import SharedSpec, pack_shared, unpack_shared
 from hf_approx.packing.sparse import SparseSpec, pack, unpack, unpack_parts
 from hf_approx.packing.spec import DTYPES, PackedFormatError, TensorSpec, dtype_from_name, dtype_name
 
@@ -12,6 +13,7 @@ __all__ = [
     "Grid",
     "PackedFormatError",
     "QuantizedSpec",
+    "SharedSpec",
     "SparseSpec",
     "TensorSpec",
     "check_grid",
@@ -20,9 +22,11 @@ __all__ = [
     "expand",
     "pack",
     "pack_quantized",
+    "pack_shared",
     "round_to_grid",
     "spec_from_dict",
     "unpack",
     "unpack_parts",
     "unpack_quantized",
+    "unpack_shared",
 ]

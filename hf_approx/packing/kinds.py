@@ -3,10 +3,11 @@
 from typing import Any
 
 from hf_approx.packing.quantized import QuantizedSpec
+from hf_approx.packing.shared import SharedSpec
 from hf_approx.packing.sparse import SparseSpec
 from hf_approx.packing.spec import PackedFormatError, TensorSpec
 
-KINDS: dict[str, type[TensorSpec]] = {spec.kind: spec for spec in (SparseSpec, QuantizedSpec)}
+KINDS: dict[str, type[TensorSpec]] = {spec.kind: spec for spec in (SparseSpec, QuantizedSpec, SharedSpec)}
 
 
 def spec_from_dict(name: str, data: Any) -> TensorSpec:

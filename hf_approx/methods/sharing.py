@@ -1,0 +1,364 @@
+"""Soft parameter sharing (Savarese and Maire, ICLR 2019).
+
+Layers of the same kind mix their weights from a bank of templates: W_i = sum_k alpha_ik T_k. A model becomes smaller
+by having fewer templates than layers; layers whose coefficients come to point in one direction are loops.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
+from hf_approx.modules.bank import (
+    SharedLayers,
+    SharedWeight,
+    TemplateBank,
+    banks_of,
+    coefficients_of,
+    set_banks,
+    share,
+    shared_layers,
+    template_names,
+    unshare,
+)
+from hf_approx.targets import select_modules
+
+
+@dataclass
+class SharingConfig(MethodConfig):
+    """Soft parameter sharing: layers of one kind mix their weights from a bank of templates.
+
+    Biases and norms stay with their layers. A bank's templates are trained by the task's optimizer, the coefficients
+    by Adam without weight decay.
+
+    Raises:
+        ValueError: A value is out of range or two contradict each other.
+    """
+
+    templates: int | float = field(
+        default=0.5,
+        metadata={"help": "Templates in each bank: a number, or (with a decimal point) a share of its layers."},
+    )
+    groups: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Banks by name, each with its modules in the notation of target_modules. Default: a bank for each "
+            "kind of weight, that is for equal names after the block's number and equal shapes; encoder and decoder "
+            "have banks of their own."
+        },
+    )
+    init: Literal["pretrained", "random"] = field(
+        default="pretrained",
+        metadata={
+            "help": "'pretrained': the best approximation of the layers' weights with so many templates. 'random': "
+            "Kaiming normal templates, orthogonal coefficients, for training from scratch."
+        },
+    )
+    coefficients: Literal["trained", "fixed"] = field(
+        default="trained",
+        metadata={"help": "'fixed': all one, with a single template: every layer of a bank has the same weight."},
+    )
+    coefficient_lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate for the coefficients."})
+    recurrence: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the penalty that makes layers alike: the mean of 1 - similarity over pairs."},
+    )
+    recurrence_warmup: float = field(
+        default=0.1, metadata={"help": "Part of training in which that weight rises from zero."}
+    )
+
+    def __post_init__(self) -> None:
+        where = "SharingConfig"
+        k = self.templates
+        if isinstance(k, bool) or not ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)):
+            raise ValueError(f"{where}: templates must be a whole number or a share from 0.0 to 1.0, got {k!r}.")
+        if self.init not in ("pretrained", "random"):
+            raise ValueError(f"{where}: init must be 'pretrained' or 'random', got {self.init!r}.")
+        if self.coefficients not in ("trained", "fixed"):
+            raise ValueError(f"{where}: coefficients must be 'trained' or 'fixed', got {self.coefficients!r}.")
+        for name in ("coefficient_lr", "recurrence"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{where}: {name} must be a finite number >= 0, got {value}.")
+        if not 0 <= self.recurrence_warmup <= 1:
+            raise ValueError(f"{where}: recurrence_warmup must be from 0 to 1, got {self.recurrence_warmup}.")
+        if self.coefficients == "fixed" and (type(k) is not int or k != 1 or self.recurrence):
+            raise ValueError(
+                f"{where}: coefficients='fixed' gives all layers of a bank one weight: set templates=1, recurrence=0."
+            )
+        if self.groups is not None:
+            if not isinstance(self.groups, dict) or not self.groups:
+                raise ValueError(f"{where}: groups must map names of banks to patterns, got {self.groups!r}.")
+            wrong = [name for name in self.groups if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name)]
+            if wrong:
+                raise ValueError(f"{where}: a bank's name must be letters, digits, '_' and '-', got {wrong[0]!r}.")
+            if self.target_modules is not None:
+                raise ValueError(f"{where}: groups name their modules themselves: leave out target_modules.")
+
+    def build(self) -> "SoftSharing":
+        """The method this config describes."""
+        return SoftSharing(self)
+
+
+class SoftSharing(Method):
+    """See [`SharingConfig`].
+
+    Attributes:
+        model: The model it is attached to.
+        banks: Names of the layers of every bank, by the bank's name.
+    """
+
+    name = "sharing"
+    shares = True
+
+    def __init__(self, config: SharingConfig) -> None:
+        super().__init__()
+        self._config = config
+        self.banks: dict[str, list[str]] = {}
+        self._dense: dict[str, nn.Parameter] = {}
+        self._strength = 0.0
+
+    @property
+    def config(self) -> SharingConfig:
+        """The config that built this object."""
+        return self._config
+
+    def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
+        """Move the target weights into banks. The model is unchanged if this raises."""
+        banks, sizes = self._plan(model)
+        self.model, self.banks = model, {name: list(modules) for name, modules in banks.items()}
+        self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
+        new = {}
+        for name, modules in banks.items():
+            weights = [module.get_parameter("weight") for module in modules.values()]
+            templates, coefficients = self._start(list(modules.values()), sizes[name])
+            trained = any(weight.requires_grad for weight in weights)
+            new[name] = TemplateBank(templates, trained)
+            for (layer, module), weight, row in zip(modules.items(), weights, coefficients, strict=True):
+                # Kept until training starts: `detach` can then undo the approximation.
+                self._dense[layer] = weight
+                share(module, new[name], row.to(weight), trained and self._config.coefficients == "trained")
+        set_banks(model, {**banks_of(model), **new})
+
+    def parametrization(self, name: str, module: nn.Module) -> SharedWeight:
+        """The mix of the templates of the module's bank."""
+        bank = next(bank for bank, layers in self.banks.items() if name in layers)
+        return SharedWeight(banks_of(self.model)[bank])
+
+    def _plan(self, model: nn.Module) -> tuple[dict[str, dict[str, nn.Module]], dict[str, int]]:
+        """The modules and the number of templates of every bank; raises `ValueError` for what cannot be shared."""
+        config = self._config
+        if config.groups is None:
+            selected = self.select(model)
+            _refuse_parametrized(selected)
+            banks = group_by_kind(model, selected)
+            if not banks:
+                raise ValueError("SharingConfig: no two target modules are of one kind, so there is nothing to share.")
+        else:
+            banks = {name: select_modules(model, p, config.exclude) for name, p in config.groups.items()}
+            taken: dict[str, str] = {}
+            for name, modules in banks.items():
+                _refuse_parametrized(modules)
+                _check_group(name, modules)
+                for layer in modules:
+                    if layer in taken:
+                        raise ValueError(f"SharingConfig: '{layer}' is in groups '{taken[layer]}' and '{name}'.")
+                    taken[layer] = name
+        double = set(banks) & set(banks_of(model))
+        if double:
+            raise ValueError(f"SharingConfig: the model has a bank '{min(double)}' already.")
+        k = config.templates
+        sizes = {b: k if isinstance(k, int) else max(1, round(k * len(layers))) for b, layers in banks.items()}
+        for bank, size in sizes.items():
+            if size > len(banks[bank]):
+                raise ValueError(
+                    f"SharingConfig: templates={size} is more than the {len(banks[bank])} layers of bank '{bank}'."
+                )
+        return banks, sizes
+
+    @torch.no_grad()
+    def _start(self, modules: Sequence[nn.Module], size: int) -> tuple[list[Tensor], Tensor]:
+        """Templates, and coefficients of shape (layers, templates)."""
+        weights = [module.get_parameter("weight").detach() for module in modules]
+        fixed = self._config.coefficients == "fixed"
+        if self._config.init == "random":
+            templates = [torch.empty_like(weights[0]) for _ in range(size)]
+            # GPT-2's Conv1D keeps its weight as (in, out).
+            mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(modules[0], Conv1D) else "fan_in"
+            for template in templates:
+                nn.init.kaiming_normal_(template, mode=mode, nonlinearity="relu")
+            if fixed:
+                return templates, torch.ones(len(weights), 1)
+            return templates, nn.init.orthogonal_(torch.empty(len(weights), size))
+        if fixed:
+            mean = combine(torch.full((len(weights),), 1 / len(weights)), weights)
+            return [mean], torch.ones(len(weights), 1)
+        return best_approximation(weights, size)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The coefficients, at their learning rate."""
+        self._dense = {}
+        own = [p for p in map(coefficients_of, self.modules.values()) if p.requires_grad]
+        return [{"params": own, "lr": self._config.coefficient_lr}] if own else []
+
+    def on_step(self, progress: float) -> None:
+        """Raise the weight of the recurrence penalty."""
+        self._dense = {}
+        warmup = self._config.recurrence_warmup
+        self._strength = self._config.recurrence * (min(progress / warmup, 1.0) if warmup else 1.0)
+
+    def penalty(self) -> Tensor | None:
+        """lambda * mean over banks and over pairs of their layers of 1 - similarity, in coefficients; None if off."""
+        if not self._config.recurrence:
+            return None
+        banks = [entry.coefficients.float() for entry in self._own.values() if len(entry.layers) > 1]
+        if not banks:
+            return None
+        terms = [dissimilarity(coefficients) for coefficients in banks]
+        return self._strength * torch.stack([term.to(terms[0].device) for term in terms]).mean()
+
+    @property
+    def is_final(self) -> bool:
+        """Always: what is shared is settled from the start."""
+        return True
+
+    def settle(self) -> None:
+        """Nothing to do: what is shared is settled from the start."""
+
+    def metrics(self) -> dict[str, float]:
+        """Mean similarity of different layers of a bank, in coefficients, and the penalty in the loss."""
+        with torch.no_grad():
+            penalty = self.penalty()
+        return {
+            "similarity": mean_similarity(self._matrices("coefficients")),
+            "penalty": 0.0 if penalty is None else float(penalty),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """Also, for every bank, layers, templates, numbers of weights, and both similarity matrices."""
+        spaces: tuple[Space, ...] = ("coefficients", "weights")
+        matrices = {space: self._matrices(space) for space in spaces}
+        banks = {}
+        for name, entry in self._own.items():
+            layers, templates, numel = list(entry.layers), len(entry.bank), math.prod(entry.bank.shape)
+            banks[name] = {
+                "layers": layers,
+                "templates": templates,
+                "weights_before": len(layers) * numel,
+                "weights_after": templates * numel + len(layers) * templates,
+                "similarity": {space: matrix[name].tolist() for space, matrix in matrices.items()},
+            }
+        return {**super().report(), "banks": banks}
+
+    @property
+    def _own(self) -> dict[str, SharedLayers]:
+        """The banks that its layers use now: folding may have replaced the ones it made."""
+        return {n: e for n, e in shared_layers(self.model).items() if not self.modules.keys().isdisjoint(e.layers)}
+
+    def _matrices(self, space: Space) -> dict[str, Tensor]:
+        return {name: similarity_of(entry, space) for name, entry in self._own.items()}
+
+    def detach(self) -> None:
+        """Give every layer a weight of its own: the one it had if training has not started, else the mix."""
+        for name, module in self.modules.items():
+            unshare(module)
+            if name in self._dense:
+                module.register_parameter("weight", self._dense[name])
+        set_banks(self.model, {name: b for name, b in banks_of(self.model).items() if name not in self.banks})
+        self.modules, self.banks, self._dense = {}, {}, {}
+
+    def bake(self) -> list[str]:
+        """Leave the weights shared; returns the names of the templates."""
+        self._dense = {}
+        return template_names(self.model)
+
+
+def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
+    """The best approximation, in the sum of squares, of weights by combinations of so many templates.
+
+    The leading singular vectors of the stacked weights, from their L x L Gram matrix: no matrix of the weights' size
+    is decomposed. With as many templates as weights it is exact.
+
+    Args:
+        weights: L tensors of equal shape.
+        size: Number of templates, at most L.
+
+    Returns:
+        The templates, and the coefficients of shape (L, size), whose columns are orthonormal.
+    """
+    flat = [weight.reshape(-1).float() for weight in weights]
+    products = torch.tensor([[torch.dot(a, b).item() for b in flat] for a in flat], dtype=torch.float64)
+    vectors = torch.linalg.eigh(products).eigenvectors.flip(1)[:, :size]
+    # The sign of an eigenvector is arbitrary: its largest entry is made positive.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    return [combine(column, weights) for column in vectors.T], vectors
+
+
+def combine(factors: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """sum_i factors[i] * weights[i], summed in float64; in the dtype of the weights."""
+    total = torch.zeros_like(weights[0], dtype=torch.float64)
+    for factor, weight in zip(factors.tolist(), weights, strict=True):
+        total.add_(weight.double(), alpha=factor)
+    return total.to(weights[0].dtype)
+
+
+def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+    """Modules whose names differ in one block number only and whose weights have equal shapes, by a name for the kind.
+
+    The block number is the outermost one for which there are two such modules; where there are none, the module is
+    left out.
+    """
+    prefix = f"{model.base_model_prefix}." if isinstance(model, PreTrainedModel) else ""
+    rest = dict(modules)
+    banks: dict[str, dict[str, nn.Module]] = {}
+    for depth in range(max(name.count(".") for name in modules) + 1):
+        groups: dict[tuple[str, tuple[int, ...]], dict[str, nn.Module]] = {}
+        for name, module in rest.items():
+            parts = name.split(".")
+            if depth < len(parts) and parts[depth].isdigit():
+                kind = ".".join(parts[:depth] + parts[depth + 1 :]).removeprefix(prefix)
+                shape = tuple(module.get_parameter("weight").shape)
+                groups.setdefault((kind, shape), {})[name] = module
+        for (kind, _), group in groups.items():
+            if len(group) > 1:
+                label = re.sub(r"[^\w-]", "-", kind)
+                names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
+                banks[next(name for name in names if name not in banks)] = group
+                rest = {name: module for name, module in rest.items() if name not in group}
+    return banks
+
+
+def _check_group(name: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ValueError` unless there are two layers and all have one shape."""
+    if len(modules) < 2:
+        raise ValueError(f"SharingConfig: group '{name}' has one layer, '{min(modules)}': it needs two.")
+    shapes = {layer: list(module.get_parameter("weight").shape) for layer, module in modules.items()}
+    first = next(iter(shapes))
+    for layer, shape in shapes.items():
+        if shape != shapes[first]:
+            raise ValueError(
+                f"SharingConfig: group '{name}' has weights of different shapes: '{first}' {shapes[first]} and "
+                f"'{layer}' {shape}."
+            )
+
+
+def _in_order(model: nn.Module, banks: Mapping[str, Mapping[str, nn.Module]]) -> list[str]:
+    chosen = {name for modules in banks.values() for name in modules}
+    return [name for name, _ in model.named_modules() if name in chosen]
+
+
+def _refuse_parametrized(modules: Mapping[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        if parametrize.is_parametrized(module, "weight"):
+            raise ValueError(f"'{name}' is already parametrized by another method; add it to exclude.")

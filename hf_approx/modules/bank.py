@@ -1,0 +1,195 @@
+"""Banks of templates: weights that several layers mix theirs from (Savarese and Maire, ICLR 2019).
+
+The bank is one module, owned by the model (or, in a model with a head, by its base model) under `BANKS`. Layers refer
+to it without owning it, so it is once in `state_dict`, `parameters` and everything built on them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+
+BANKS = "hf_approx_banks"
+
+
+class Template(nn.Module):
+    """One weight of a bank; a module of its own, so that another method can mask or quantize it."""
+
+    def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad)
+
+
+class TemplateBank(nn.ModuleList):
+    """Templates of equal shape.
+
+    Args:
+        templates: Their weights, at least one.
+        requires_grad: Whether they are trained.
+    """
+
+    def __init__(self, templates: Iterable[Tensor], requires_grad: bool = True) -> None:
+        super().__init__(Template(weight, requires_grad) for weight in templates)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The templates, with whatever parametrization they have."""
+        return [cast(Tensor, template.weight) for template in self]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each template and of every weight mixed from them."""
+        return tuple(self.weights[0].shape)
+
+    def mix(self, coefficients: Tensor) -> Tensor:
+        """sum_k coefficients[k] * templates[k], always added in this order: the same bits everywhere.
+
+        Args:
+            coefficients: Shape (templates,).
+        """
+        device = coefficients.device
+        factors, weights = coefficients.unbind(), self.weights
+        mixed = factors[0] * weights[0].to(device)
+        for factor, weight in zip(factors[1:], weights[1:], strict=True):
+            mixed = torch.addcmul(mixed, factor, weight.to(device))
+        return mixed
+
+
+class SharedWeight(nn.Module):
+    """The parametrization of a layer that shares: its trained tensor is the coefficients."""
+
+    def __init__(self, bank: TemplateBank) -> None:
+        super().__init__()
+        self.use(bank)
+
+    def use(self, bank: TemplateBank) -> None:
+        """Mix from another bank from now on."""
+        # In a tuple the bank is no submodule of the layer; deepcopy still follows it.
+        self._bank = (bank,)
+
+    @property
+    def bank(self) -> TemplateBank:
+        """Where the templates are."""
+        return self._bank[0]
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        """(templates,) -> a weight."""
+        return self.bank.mix(coefficients)
+
+
+@dataclass
+class SharedLayers:
+    """A bank and who uses it.
+
+    Attributes:
+        bank: The templates.
+        layers: Modules whose weight is mixed from them, by name, in the model's order.
+    """
+
+    bank: TemplateBank
+    layers: dict[str, nn.Module] = field(default_factory=dict)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Of every layer: shape (layers, templates)."""
+        rows = [coefficients_of(layer) for layer in self.layers.values()]
+        return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+def sharing_of(module: nn.Module) -> SharedWeight | None:
+    """How the module's weight is mixed, or None if it has its own."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    first = cast(nn.ModuleDict, module.parametrizations)["weight"][0]  # type: ignore[index]
+    return first if isinstance(first, SharedWeight) else None
+
+
+def coefficients_of(module: nn.Module) -> nn.Parameter:
+    """The coefficients of a module that shares its weight, of shape (templates,)."""
+    return module.get_parameter("parametrizations.weight.original")
+
+
+def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_grad: bool = True) -> None:
+    """Give up the module's weight, or its earlier coefficients, for a mix of the bank's templates."""
+    own = nn.Parameter(coefficients.clone(memory_format=torch.contiguous_format), requires_grad)
+    sharing = sharing_of(module)
+    if sharing is not None:
+        sharing.use(bank)
+        module.get_submodule("parametrizations.weight").register_parameter("original", own)
+        return
+    module.register_parameter("weight", own)
+    # "unsafe" skips the test that coefficients and weight have one shape; nothing else.
+    parametrize.register_parametrization(module, "weight", SharedWeight(bank), unsafe=True)
+
+
+def unshare(module: nn.Module, weight: Tensor | None = None) -> None:
+    """Give the module a plain weight of its own again: `weight`, by default what it mixes now."""
+    dense = cast(Tensor, module.weight).detach().clone() if weight is None else weight
+    if len(cast(nn.ModuleDict, module.parametrizations)) > 1:
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    else:
+        # A copy of the model has the same class, from which remove_parametrizations would take the weight.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module.parametrizations
+    module.register_parameter("weight", nn.Parameter(dense))
+
+
+def owner_of_banks(model: nn.Module) -> nn.Module:
+    """Where a model keeps its banks: the base model, so that they are saved with it."""
+    return model.base_model if isinstance(model, PreTrainedModel) else model
+
+
+def banks_of(model: nn.Module) -> dict[str, TemplateBank]:
+    """The banks of a model, by name; adding to the result does not add to the model."""
+    banks = getattr(owner_of_banks(model), BANKS, None)
+    return {} if banks is None else dict(banks.items())
+
+
+def set_banks(model: nn.Module, banks: dict[str, TemplateBank]) -> None:
+    """Replace the banks of a model."""
+    owner = owner_of_banks(model)
+    if hasattr(owner, BANKS):
+        delattr(owner, BANKS)
+    if banks:
+        owner.add_module(BANKS, nn.ModuleDict(banks))
+
+
+def bank_prefix(model: nn.Module) -> str:
+    """What the names of a model's banks start with, among its modules."""
+    owner = owner_of_banks(model)
+    name = next(name for name, module in model.named_modules() if module is owner)
+    return f"{name}.{BANKS}." if name else f"{BANKS}."
+
+
+def template_names(model: nn.Module) -> list[str]:
+    """Names of the templates' weights, as parameters of the model; not of those mixed from other templates."""
+    prefix = bank_prefix(model)
+    return [
+        f"{prefix}{name}.{k}.weight"
+        for name, bank in banks_of(model).items()
+        for k, template in enumerate(bank)
+        if sharing_of(template) is None
+    ]
+
+
+def shared_layers(model: nn.Module) -> dict[str, SharedLayers]:
+    """Every bank of a model with the layers that use it, by the bank's name."""
+    found = {name: SharedLayers(bank) for name, bank in banks_of(model).items()}
+    by_bank = {id(entry.bank): entry for entry in found.values()}
+    for name, module in model.named_modules():
+        sharing = sharing_of(module)
+        if sharing is not None and id(sharing.bank) in by_bank:
+            by_bank[id(sharing.bank)].layers[name] = module
+    return found
+
+
+def saved_weights(model: nn.Module) -> int:
+    """How many weights fewer the banks have than the layers that are mixed from them."""
+    return sum(
+        (len(entry.layers) - len(entry.bank)) * entry.bank.weights[0].numel()
+        for entry in shared_layers(model).values()
+    )
