@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp  ## Fine-tune, sparsify, save, load back: about five mi
 	$(BIN)/hf-approx inspect $(OUTPUT)/compressed
 
 test: $(VENV)/dev.stamp  ## The test suite, without the tests marked slow
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope
 
 slow: $(VENV)/dev.stamp  ## The tests marked slow
 	$(BIN)/python -m pytest -m slow

@@ -297,7 +297,7 @@ def test_a_bad_method_leaves_the_model_as_it_was(tmp_path):
     model = build("bert")
     before = weights(model)
     bad = [SparsificationConfig(), MagnitudePruningConfig(target_modules=["query"])]
-    with pytest.raises(ValueError, match="already parametrized"):
+    with pytest.raises(ValueError, match="already sparsified"):
         ApproxTrainer(model=model, args=arguments(tmp_path), approx=bad)
     assert_same_weights(weights(model), before)
 

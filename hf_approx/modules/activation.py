@@ -26,8 +26,8 @@ class ActivationQuantizer(nn.Module):
     def __init__(self, channels: int, signed: bool) -> None:
         super().__init__()
         self.channels, self.signed, self.dim = channels, signed, -1
-        self.register_buffer("bits", torch.full((channels,), 8.0))
-        self.register_buffer("limit", torch.ones(channels))
+        self.register_buffer("bits", torch.full((channels,), 8.0, dtype=torch.float32))
+        self.register_buffer("limit", torch.ones(channels, dtype=torch.float32))
 
     def spread(self, values: Tensor) -> Tensor:
         """One value a channel, in a shape that fits inputs."""
