@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def _layers(module: nn.Module, names: Sequence[str]) -> list[nn.Module] | None:
 
 
 def _features(layer: nn.Module, axis: str) -> int:
-    return layer.get_parameter("weight").shape[feature_dim(layer, axis)]
+    return cast(Tensor, layer.weight).shape[feature_dim(layer, axis)]
 
 
 def feature_dim(layer: nn.Module, axis: str) -> int:

@@ -26,7 +26,7 @@ from hf_approx.methods import Method, MethodConfig
 from hf_approx.modules.bank import banks_of, saved_weights, shared_layers, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
-from hf_approx.packing.grid import Grid
+from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.trainer_hub import HubMixin
 
@@ -92,21 +92,23 @@ class ApproxTrainerMixin(HubMixin):
         self._finalized = not self.methods
         self._repack: list[str] = []
         self._grids: dict[str, Grid] = {}
+        self._special = False
         self._avagrad = optimizer
         if optimizer is not None:
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
         self._refuse_unsupported()
-        self._unpack()
         attached: list[Method] = []
         try:
             for method in self.methods:
                 method.attach(self._plain_model, attached)
                 attached.append(method)
-        except ValueError:
+        except BaseException:
             for method in reversed(attached):
                 method.detach()
             raise
+        if self.methods:
+            self._unpack()
         self._recorder = Recorder(self.methods)
         cast(Trainer, self).add_callback(_Schedule(self.methods))
 
@@ -123,6 +125,16 @@ class ApproxTrainerMixin(HubMixin):
             raise ValueError(
                 f"{name}: model_init would replace the model the methods are attached to; pass model= instead."
             )
+        quantizer = getattr(self._plain_model, "hf_quantizer", None)
+        if isinstance(quantizer, ApproxQuantizer):
+            if quantizer.quantization_config.runtime == "packed":
+                raise ValueError(f"{name}: load the model with runtime='dense' to train it.")
+            cutting = [method.name for method in self.methods if method.resizes or method.shares]
+            if quantizer.grids and cutting:
+                raise ValueError(
+                    f"{name}: {cutting[0]} changes which weights there are, and those of this model are quantized; "
+                    "call model.dequantize() first, and quantize again afterwards."
+                )
         fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
         flat = fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1
         if self._avagrad is not None and (trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and flat)):
@@ -140,9 +152,8 @@ class ApproxTrainerMixin(HubMixin):
             packed = [name for name, spec in config.tensors.items() if not isinstance(spec, SharedSpec)]
             smaller_weights = [name for name in smaller if name.endswith(".weight")]
             self._repack = list(dict.fromkeys([*packed, *smaller_weights, *template_names(model)]))
-            if config.runtime == "packed":
-                raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
             self._grids = dict(quantizer.grids)
+            self._special = bool(config.activations or config.structure or banks_of(model))
             quantizer.remove_quantization_config(model)
 
     @property
@@ -258,15 +269,33 @@ class ApproxTrainerMixin(HubMixin):
         # A weight that was loaded packed may be shared now.
         shared = self._shared_names()
         names = [name for name in dict.fromkeys(names) if name not in shared]
+        self._warn_of_rounding()
         self.approx_report["totals"] = self._pack(names)
         params = dict(self._plain_model.named_parameters(remove_duplicate=False))
         self.approx_report.update(describe_layers(params, names, self._all_grids()))
         self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
+        cast(Trainer, self).remove_callback(_Schedule)
         # The optimizer and the wrapped model hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.model_wrapped = self._plain_model
         return self.approx_report
+
+    def _warn_of_rounding(self) -> None:
+        """Say what becomes of quantized weights that were trained without a method that rounds them."""
+        rounded = {name for method in self.methods for name in method.grids}
+        params = dict(self._plain_model.named_parameters(remove_duplicate=False))
+        moved = total = 0
+        for name in self._grids.keys() - rounded:
+            weight = params[name].detach()
+            moved += int((weight != round_to_grid(weight, self._grids[name].to(weight.device))).sum())
+            total += weight.numel()
+        if moved:
+            logger.warning(
+                "%.1f %% of the quantized weights left their grid in training and are rounded to it again, which can "
+                "undo what was learned: train quantized models with SmolConfig or UniformQuantizationConfig.",
+                100 * moved / total,
+            )
 
     def _pack(self, names: list[str]) -> dict[str, float]:
         """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
@@ -340,8 +369,8 @@ class ApproxTrainerMixin(HubMixin):
 
     @property
     def _unfinished(self) -> bool:
-        """Whether weights are not under their own names, so that only this training can load them."""
-        return not self._finalized or bool(self._repack and banks_of(self._plain_model))
+        """Whether what is saved now is no model: masks, or a packed model's parts that no plain config describes."""
+        return not self._finalized or bool(self._repack and self._special)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""

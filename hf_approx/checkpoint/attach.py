@@ -13,6 +13,7 @@ from hf_approx.checkpoint.shared import pack_sharing
 from hf_approx.checkpoint.zeros import keep_zeros
 from hf_approx.packing import (
     Grid,
+    SharedSpec,
     TensorSpec,
     check_grid,
     dtype_from_name,
@@ -35,7 +36,8 @@ def attach_packing(
     Weights with a grid are rounded to it, every other floating-point parameter to `store_dtype`, in place (their own
     dtype stays), so the loaded model computes bit for bit what this one does. Weights with a grid are always packed,
     others if they get smaller; if none is, and the model's config says the sizes of all its layers, the model is left
-    alone and saves plain. Quantized activations and shared weights the model has are saved with it.
+    alone and saves plain. Quantized activations and shared weights the model has are saved with it, and what was
+    packed or quantized stays so.
 
     Args:
         model: A model whose weights are final.
@@ -51,6 +53,11 @@ def attach_packing(
             The model is unchanged.
     """
     params = dict(model.named_parameters(remove_duplicate=False))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, ApproxQuantizer):
+        kept = quantizer.quantization_config.tensors
+        names = [*names, *(n for n, spec in kept.items() if n in params and not isinstance(spec, SharedSpec))]
+        grids = {**quantizer.grids, **(grids or {})}
     names = [*names, *(grids or {})]
     unknown = [name for name in names if name not in params]
     if unknown:
@@ -97,7 +104,7 @@ def _on_grid(name: str, weight: Tensor, grid: Grid) -> Tensor:
         check_grid(weight, grid)
     except ValueError as error:
         raise ValueError(f"attach_packing: '{name}': {error}") from None
-    there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
+    there = grid.to(weight.device)
     value = round_to_grid(weight, there)
     value = torch.where(value == 0, torch.zeros_like(value), value)
     lost = (value == 0) & (weight != 0) & (expand(there.bits, weight.shape) > 0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_approx.methods.base import effective_weight
 from hf_approx.methods.noise import NoiseLaw, draw
 from hf_approx.methods.precision import initial_limit
+from hf_approx.modules.activation import NAME as INSTALLED
 from hf_approx.modules.activation import ActivationQuantizer, install, quantized
 from hf_approx.structures import feature_dim
 from hf_approx.targets import Patterns, matches
@@ -122,13 +123,16 @@ def install_noise(
         seed: As of `NoisyActivation`.
 
     Raises:
-        ValueError: A module looks its input up; no module is changed then.
+        ValueError: A module looks its input up, or quantizes it already; no module is changed then.
     """
     lookups = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
     if lookups:
         raise ValueError(
             f"SmolConfig: the inputs of '{lookups[0]}' are no numbers; exclude it, or set no activations."
         )
+    taken = [name for name, module in modules.items() if hasattr(module, INSTALLED)]
+    if taken:
+        raise ValueError(f"SmolConfig: the inputs of '{taken[0]}' are quantized already; set no activations.")
     installed = {}
     for name, module in modules.items():
         weight = effective_weight(module)

@@ -15,7 +15,7 @@ from hf_approx.targets import Patterns, select_modules
 HISTOGRAM_BINS = 20
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MethodConfig(ABC):
     """Fields every method has."""
 
@@ -72,8 +72,9 @@ class Method(ABC):
         Raises:
             ValueError: The config does not fit the model, or the methods do not stack.
         """
-        resizing = [method.name for method in earlier if method.resizes]
-        if self.quantizes and resizing:
+        several = [*earlier, self]
+        resizing = [method.name for method in several if method.resizes]
+        if resizing and any(method.quantizes for method in several):
             raise ValueError(
                 f"{resizing[0]} removes whole units at the end; quantize the smaller model in another run."
             )

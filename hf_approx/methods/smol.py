@@ -159,6 +159,7 @@ class Smol(Method):
         self._settled = False
         self._step = 0
         self._spread = False
+        self._first = 0
         self.activations: dict[str, NoisyActivation] = {}
         self.budgets: list[Budget] = []
 
@@ -184,6 +185,10 @@ class Smol(Method):
             )
         given = config.noise_fraction
         self._until = max(NOISE_FRACTION, boundary) if given is None else given
+        # Noise of its own beside that of another SMOL in the run.
+        self._first = sum(
+            len(method.noises) + len(method.activations) for method in earlier if isinstance(method, Smol)
+        )
         super().attach(model, earlier)
         try:
             if config.activations:
@@ -226,7 +231,7 @@ class Smol(Method):
         """Group the limits by their targets; raises `ValueError` for targets that whole parts cannot meet."""
         config, noises = self._config, self.noises
         makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
-        for index, maker in enumerate(makers):
+        for index, maker in enumerate(makers, self._first):
             maker.index = index
         shapes = [effective_weight(module).shape for module in self.modules.values()]
         sizes = [governed(shape, p.bits.shape) for shape, p in zip(shapes, noises, strict=True)]
@@ -277,6 +282,8 @@ class Smol(Method):
             self._tell()
         for module, noise in zip(self.modules.values(), self.noises, strict=True):
             weight = trained_weight(module)
+            if not weight.requires_grad:
+                continue
             bound = expand(noise.bound().to(weight.dtype), weight.shape)
             weight.clamp_(-bound, bound)
 

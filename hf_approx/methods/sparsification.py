@@ -194,6 +194,12 @@ class ContinuousSparsification(Method):
             self.blocks = {blocks.carrier: blocks for blocks in find_blocks(model, *patterns)}
         else:
             self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
+            sides = [side.module for structure in self.structures.values() for side in structure.sides]
+            taken = [name for name in sides if parametrize.is_parametrized(model.get_submodule(name))]
+            if taken:
+                raise ValueError(
+                    f"'{taken[0]}' is part of the {kind}s to remove, and another method works on it: exclude it there."
+                )
         return {name: model.get_submodule(name) for name in (*self.blocks, *self.structures)}
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:

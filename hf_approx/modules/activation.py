@@ -36,7 +36,7 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as the input."""
         limit = self.spread(self.limit)
-        unit = quantized(x.float() / limit, self.spread(self.bits), self.signed)
+        unit = _Rounded.apply(x.float() / limit, self.spread(self.bits), self.signed)
         return (unit * limit).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -51,6 +51,21 @@ def quantized(unit: Tensor, bits: Tensor, signed: bool) -> Tensor:
         return (unit.clamp(0, 1) * steps).round() / steps
     code = ((unit.clamp(-1, 1) * steps + steps) / 2).round()
     return (2 * code - steps) / steps
+
+
+class _Rounded(torch.autograd.Function):
+    """`quantized`, with the gradient of the clipping alone: the layers before train on."""
+
+    @staticmethod
+    def forward(ctx: Any, unit: Tensor, bits: Tensor, signed: bool) -> Tensor:
+        ctx.save_for_backward(unit)
+        ctx.low = -1.0 if signed else 0.0
+        return quantized(unit, bits, signed)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (unit,) = ctx.saved_tensors
+        return torch.where((unit >= ctx.low) & (unit <= 1), grads[0], 0.0), None, None
 
 
 def install(layer: nn.Module, quantizer: ActivationQuantizer) -> None:

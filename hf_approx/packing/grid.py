@@ -28,6 +28,10 @@ class Grid:
     bits: Tensor
     scale: Tensor
 
+    def to(self, device: torch.device) -> "Grid":
+        """The same grid on another device."""
+        return Grid(self.bits.to(device), self.scale.to(device))
+
 
 def expand(part: Tensor, shape: torch.Size) -> Tensor:
     """`part` in the given shape, each entry repeated over its run; the last run of a dimension may be shorter.
