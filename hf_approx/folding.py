@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing
@@ -20,6 +21,7 @@ from hf_approx.modules.bank import (
     set_banks,
     share,
     shared_layers,
+    sharing_of,
 )
 from hf_approx.packing import SharedSpec
 
@@ -86,7 +88,8 @@ def fold(
     Layers of a bank are clustered by complete linkage, so all pairs in a cluster are alike. The weight of a cluster is
     the leading singular direction of its layers' coefficients. Where that takes no more directions than the bank has
     templates, the bank is replaced by the clusters' weights; else they stay mixes of its templates. Modules stay
-    distinct (decoders keep their caches); the model trains on, and saves as other models with shared weights do.
+    distinct (decoders keep their caches); the model trains on, and saves as other models with shared weights do. The
+    new weights are dense and in full precision: zeros and bits of the templates they replace are gone.
 
     Fold before an optimizer is made or after training is finalized: the parameters are new ones.
 
@@ -100,7 +103,8 @@ def fold(
         What became of the layers.
 
     Raises:
-        ValueError: The model shares no weights, or an argument is out of range. The model is unchanged.
+        ValueError: The model shares no weights, another method works on its templates, or an argument is out of
+            range. The model is unchanged.
     """
     if threshold is not None and layers is not None:
         raise ValueError("fold: give threshold or layers, not both.")
@@ -119,6 +123,9 @@ def fold(
     }
     if not banks:
         raise ValueError(f"fold: {type(model).__name__} shares no weights: train it with SharingConfig first.")
+    for name, entry in banks.items():
+        if any(parametrize.is_parametrized(t, "weight") and sharing_of(t) is None for t in entry.bank):
+            raise ValueError(f"fold: another method works on the templates of '{name}'; finish the training first.")
     report = Folding(parameters_before=_parameters(model))
     labels: dict[str, list[int]] = {}
     plans: dict[str, _Plan] = {}

@@ -140,7 +140,7 @@ def test_a_failed_attach_takes_the_quantizers_off():
             model
         )
     assert not any(hasattr(module, "input_quantizer") or module._forward_pre_hooks for module in model.values())
-    with pytest.raises(ValueError, match="are no numbers"):
+    with pytest.raises(ValueError, match="has no numbers as input"):
         SmolConfig(target_modules=["0"], activations=True).build().attach(nn.ModuleList([nn.Embedding(8, 4)]))
 
 

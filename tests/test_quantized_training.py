@@ -15,6 +15,7 @@ from hf_approx import (
     SparsificationConfig,
     UniformQuantizationConfig,
     attach_packing,
+    fold,
 )
 from models import batch, build
 
@@ -152,3 +153,44 @@ def test_the_first_positional_argument_is_the_target():
     assert SmolConfig(3).target_bits == 3
     with pytest.raises(TypeError):
         SparsificationConfig(0.8, *[None] * 30)
+
+
+@pytest.mark.parametrize("configs", [[SharingConfig(), LAYERS], [LAYERS, SharingConfig()]])
+def test_layers_are_not_removed_from_banks(tmp_path, configs):
+    model = build("bert")
+    with pytest.raises(ValueError, match="share weights in another run"):
+        make_trainer("bert", tmp_path, configs, model=model)
+    assert not any("hf_approx_banks" in name for name in model.state_dict())
+
+
+def test_templates_have_no_inputs_to_quantize(tmp_path):
+    templates = SmolConfig(target_modules=r".*hf_approx_banks\..*", group_size=16, activations=True)
+    with pytest.raises(ValueError, match="no numbers as input"):
+        make_trainer("bert", tmp_path, [SharingConfig(), templates])
+
+
+def test_folding_keeps_other_weights_quantized(tmp_path):
+    attention, rest = r".*self\.(query|key|value)", r".*(intermediate|output)\.dense"
+    configs = [
+        SharingConfig(target_modules=attention, templates=2),
+        SmolConfig(target_bits=3, target_modules=rest, group_size=16),
+    ]
+    trainer = make_trainer("bert", tmp_path, configs, max_steps=4)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "shared"))
+    model = load(tmp_path / "shared")
+    weight = model.get_parameter("bert.encoder.layer.0.intermediate.dense.weight").clone()
+    fold(model, layers=1)
+    assert torch.equal(model.get_parameter("bert.encoder.layer.0.intermediate.dense.weight"), weight)
+    model.save_pretrained(tmp_path / "folded")
+    assert (tmp_path / "folded" / "model.safetensors").stat().st_size < (
+        tmp_path / "shared" / "model.safetensors"
+    ).stat().st_size
+    assert torch.equal(logits(load(tmp_path / "folded")), logits(model))
+
+
+def test_templates_that_are_worked_on_are_not_folded(tmp_path):
+    templates = SparsificationConfig(0.5, target_modules=r".*hf_approx_banks\..*")
+    trainer = make_trainer("bert", tmp_path, [SharingConfig(templates=2), templates])
+    with pytest.raises(ValueError, match="another method works on the templates"):
+        fold(trainer.model, layers=1)

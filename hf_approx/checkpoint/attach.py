@@ -57,7 +57,7 @@ def attach_packing(
     if isinstance(quantizer, ApproxQuantizer):
         kept = quantizer.quantization_config.tensors
         names = [*names, *(n for n, spec in kept.items() if n in params and not isinstance(spec, SharedSpec))]
-        grids = {**quantizer.grids, **(grids or {})}
+        grids = {**{n: grid for n, grid in quantizer.grids.items() if n in params}, **(grids or {})}
     names = [*names, *(grids or {})]
     unknown = [name for name in names if name not in params]
     if unknown:

@@ -10,6 +10,7 @@ from hf_approx.methods.noise import NoiseLaw, draw
 from hf_approx.methods.precision import initial_limit
 from hf_approx.modules.activation import NAME as INSTALLED
 from hf_approx.modules.activation import ActivationQuantizer, install, quantized
+from hf_approx.modules.bank import Template
 from hf_approx.structures import feature_dim
 from hf_approx.targets import Patterns, matches
 
@@ -123,13 +124,11 @@ def install_noise(
         seed: As of `NoisyActivation`.
 
     Raises:
-        ValueError: A module looks its input up, or quantizes it already; no module is changed then.
+        ValueError: A module looks its input up or has none, or quantizes it already; no module is changed then.
     """
-    lookups = [name for name, module in modules.items() if isinstance(module, nn.Embedding)]
+    lookups = [name for name, module in modules.items() if isinstance(module, (nn.Embedding, Template))]
     if lookups:
-        raise ValueError(
-            f"SmolConfig: the inputs of '{lookups[0]}' are no numbers; exclude it, or set no activations."
-        )
+        raise ValueError(f"SmolConfig: '{lookups[0]}' has no numbers as input; exclude it, or set no activations.")
     taken = [name for name, module in modules.items() if hasattr(module, INSTALLED)]
     if taken:
         raise ValueError(f"SmolConfig: the inputs of '{taken[0]}' are quantized already; set no activations.")

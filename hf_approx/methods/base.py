@@ -72,12 +72,7 @@ class Method(ABC):
         Raises:
             ValueError: The config does not fit the model, or the methods do not stack.
         """
-        several = [*earlier, self]
-        resizing = [method.name for method in several if method.resizes]
-        if resizing and any(method.quantizes for method in several):
-            raise ValueError(
-                f"{resizing[0]} removes whole units at the end; quantize the smaller model in another run."
-            )
+        self._check_company(earlier)
         selected = self.select(model)
         for name, module in selected.items():
             self._check_stack(name, module, earlier)
@@ -90,6 +85,17 @@ class Method(ABC):
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to work on, by name."""
         return select_modules(model, self.config.target_modules, self.config.exclude)
+
+    def _check_company(self, earlier: Sequence["Method"]) -> None:
+        """Raise `ValueError` if the methods of a run do not go together, whatever their targets."""
+        several = [*earlier, self]
+        resizing = [method.name for method in several if method.resizes]
+        if resizing and any(method.quantizes for method in several):
+            raise ValueError(
+                f"{resizing[0]} removes whole units at the end; quantize the smaller model in another run."
+            )
+        if resizing and any(method.shares for method in several):
+            raise ValueError(f"{resizing[0]} removes whole units at the end; share weights in another run.")
 
     def _check_stack(self, name: str, module: nn.Module, earlier: Sequence["Method"]) -> None:
         if not parametrize.is_parametrized(module, "weight"):

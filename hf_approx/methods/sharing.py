@@ -135,6 +135,7 @@ class SoftSharing(Method):
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """Move the target weights into banks. The model is unchanged if this raises."""
+        self._check_company(earlier)
         banks, sizes = self._plan(model)
         self.model, self.banks = model, {name: list(modules) for name, modules in banks.items()}
         self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
