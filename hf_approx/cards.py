@@ -38,10 +38,15 @@ _UNSAFE = re.compile(r"[^\w /,;=%+().-]|(?<![^\W_])_|_(?![^\W_])|(?i:(?<=www)\.)
 def write_card(folder: Path, repo_id: str | None = None) -> bool:
     """Write `README.md` into a saved folder; False if there is one that was written by hand, which is left alone."""
     path = folder / CARD_FILE
-    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and not is_ours(path):
         return False
     path.write_text(render_card(folder, repo_id), encoding="utf-8", newline="\n")
     return True
+
+
+def is_ours(path: Path) -> bool:
+    """Whether there is a card that was written by `write_card` and not taken over by hand."""
+    return path.is_file() and MARKER in path.read_text(encoding="utf-8", errors="replace")
 
 
 def render_card(folder: Path, repo_id: str | None = None) -> str:

@@ -9,6 +9,7 @@ from hf_approx import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.methods.base import HISTOGRAM_BINS
 from hf_approx.report import Recorder, describe_layers, kind_of
 from hf_approx.report_plots import has_history, plot_training
+from models import dataset
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -92,3 +93,61 @@ def test_methods_without_masks_are_drawn_too(tmp_path):
     trainer.train()
     plot_training(trainer.approx_report, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
+def test_checkpoints_of_a_second_training_have_no_report(tmp_path):
+    trainer = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5), max_steps=2)
+    trainer.train()
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "model.safetensors").is_file()
+    assert not {"README.md", "approx_report.json"} & {path.name for path in folder.iterdir()}
+
+
+def test_a_reused_folder_keeps_nothing_of_the_earlier_model(tmp_path):
+    trainer = make_trainer("bert", tmp_path, SparsificationConfig(target_sparsity=0.8), max_steps=4, logging_steps=2)
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "similarity.png").write_bytes(PNG)
+    assert (tmp_path / "layers.png").is_file()
+    dense = make_trainer("bert", tmp_path, eval_dataset=dataset("bert", 8), max_steps=1)
+    dense.train()
+    dense.evaluate()
+    dense.save_model()
+    assert not list(tmp_path.glob("*.png"))
+    report = json.loads((tmp_path / "approx_report.json").read_text())
+    assert not {"methods", "totals"} & report.keys()
+    assert report["evaluation"]["samples"] == 8
+    card = (tmp_path / "README.md").read_text()
+    assert "sparsification" not in card
+    assert "8 examples" in card
+
+    (tmp_path / "README.md").write_text("mine")
+    unfinished = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5))
+    unfinished.save_model()
+    assert not (tmp_path / "approx_report.json").exists()
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_only_what_this_model_reached_on_its_own_evaluation_set_is_kept(tmp_path):
+    def saved():
+        trainer.save_model()
+        return json.loads((tmp_path / "approx_report.json").read_text())["evaluation"]
+
+    trainer = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5), eval_dataset=dataset("bert", 8), max_steps=2)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    assert saved() == {}
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.evaluate(trainer.train_dataset)
+    expected = {"metrics": {"loss": loss}, "samples": 8}
+    assert saved() == expected
+    assert saved() == expected
+    with torch.no_grad():
+        trainer.model.classifier.weight.mul_(2)
+    assert saved() == {}
+    trainer.evaluate(trainer.eval_dataset)
+    assert saved()["samples"] == 8
+    trainer.model.classifier.bias = nn.Parameter(torch.ones(2))
+    assert saved() == {}
