@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import make_trainer
-from hf_approx import MagnitudePruningConfig, SparsificationConfig
+from helpers import arguments, make_trainer
+from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig, TicketTrainer
 from hf_approx.methods.base import HISTOGRAM_BINS
 from hf_approx.report import Recorder, describe_layers, kind_of
 from hf_approx.report_plots import has_history, plot_training
-from models import dataset
+from models import build, dataset
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -151,3 +151,23 @@ def test_only_what_this_model_reached_on_its_own_evaluation_set_is_kept(tmp_path
     assert saved()["samples"] == 8
     trainer.model.classifier.bias = nn.Parameter(torch.ones(2))
     assert saved() == {}
+
+
+def test_a_search_reports_the_steps_of_all_its_trainings(tmp_path):
+    def search():
+        return TicketTrainer(
+            model=build("bert"),
+            args=arguments(tmp_path, max_steps=2, save_strategy="steps"),
+            train_dataset=dataset("bert"),
+            eval_dataset=dataset("bert", 8),
+            search=TicketConfig(method=MagnitudePruningConfig(0.5), rounds=2, rewind_step=1),
+        )
+
+    for resume in (False, True):
+        trainer = search()
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        report = json.loads((tmp_path / "approx_report.json").read_text())
+        assert report["about"]["steps"] == 6
+        assert report["evaluation"]["metrics"].keys() == {"loss"}
+    assert {entry["round"] for entry in trainer.state.log_history} == {3}
