@@ -15,8 +15,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from markupsafe import Markup
 from transformers.modelcard import TASK_MAPPING
 
+from hf_approx.checkpoint import ApproxConfig
 from hf_approx.citations import CITATIONS
 from hf_approx.inspection import Inspection, inspect_checkpoint, read_packing, weight_files
+from hf_approx.packing import SharedSpec, SparseSpec
 from hf_approx.report import REPORT_FILE, kind_of
 
 CARD_FILE = "README.md"
@@ -38,10 +40,15 @@ _UNSAFE = re.compile(r"[^\w /,;=%+().-]|(?<![^\W_])_|_(?![^\W_])|(?i:(?<=www)\.)
 def write_card(folder: Path, repo_id: str | None = None) -> bool:
     """Write `README.md` into a saved folder; False if there is one that was written by hand, which is left alone."""
     path = folder / CARD_FILE
-    if path.is_file() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
+    if path.is_file() and not is_ours(path):
         return False
     path.write_text(render_card(folder, repo_id), encoding="utf-8", newline="\n")
     return True
+
+
+def is_ours(path: Path) -> bool:
+    """Whether there is a card that was written by `write_card` and not taken over by hand."""
+    return path.is_file() and MARKER in path.read_text(encoding="utf-8", errors="replace")
 
 
 def render_card(folder: Path, repo_id: str | None = None) -> str:
@@ -81,9 +88,12 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "labels": _label_names(config),
             "disk_bytes": f"{disk:,}",
             "dense_bytes": f"{inspection.dense_bytes:,}",
-            "ratio": f"{inspection.dense_bytes / disk:.2f}",
+            "ratio": f"{inspection.dense_bytes / disk:.2f}" if inspection.dense_bytes / disk >= 1.005 else None,
+            "totals": [f"{report['totals'][f'{name}_bytes']:,}" for name in ("dense", "packed") if "totals" in report],
             "packed": packing is not None,
+            "stored": _stored(packing, inspection),
             "sparsity": f"{inspection.sparsity:.2%}",
+            "bits": f"{inspection.bits:.2f}",
             "store_dtype": (packing and packing.store_dtype) or "the dtype each had in training",
             "kind_columns": columns,
             "kind_rows": kinds,
@@ -91,7 +101,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "samples": report.get("evaluation", {}).get("samples"),
             "dataset_name": about.get("dataset_name"),
             "dataset_split": about.get("dataset_split"),
-            "methods": [_method(entry) for entry in report.get("methods", ())],
+            "methods": [row for entry in report.get("methods", ()) for row in _method(entry)],
             "optimizer": _settings(report["optimizer"]) if report.get("optimizer") else None,
             "pictures": {Markup(name): text for name, text in PICTURES.items() if (folder / name).is_file()},
             "auto_class": auto_class(architecture),
@@ -167,6 +177,21 @@ def _in_lines(data: Any) -> Any:
     return one_line(data) if isinstance(data, str) else data
 
 
+def _stored(packing: ApproxConfig | None, inspection: Inspection) -> dict[str, str]:
+    """How the card says in which ways a model is packed, empty for those in which it is not."""
+    packing = packing or ApproxConfig()
+    specs = packing.tensors.values()
+    sparse = any(isinstance(spec, SparseSpec) and spec.sparsity > 0 for spec in specs)
+    shared = any(isinstance(spec, SharedSpec) for spec in specs)
+    return {
+        "sparse": "without zero weights" if sparse else "",
+        "quantized": "with quantized weights" if inspection.bits else "",
+        "shared": "with weights mixed from shared templates" if shared else "",
+        "structure": "with layers of other sizes than its architecture's config says" if packing.structure else "",
+        "activations": "with quantized inputs of layers" if packing.activations else "",
+    }
+
+
 def _metadata(about: Mapping[str, Any], report: Mapping[str, Any], metrics: Mapping[str, Any]) -> ModelCardData:
     task, dataset = about["task"], about.get("dataset_type") or about.get("dataset_name")
     results = [
@@ -219,10 +244,31 @@ def _label_names(config: Mapping[str, Any]) -> list[str]:
     return [] if all(name.startswith("LABEL_") for name in names) else names
 
 
-def _method(entry: Mapping[str, Any]) -> dict[str, str]:
+def _method(entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The row of a method, and one for each of its banks of shared templates."""
     settings = entry.get("settings") or {k: v for k, v in entry.items() if k.startswith("target_")}
     outcome = {k: v for k, v in entry.items() if k not in ("label", "method", "settings", *settings)}
-    return {"name": str(entry["method"]), "settings": _settings(settings), "outcome": _settings(outcome)}
+    row = {
+        "method": str(entry["method"]),
+        "name": str(entry["method"]),
+        "settings": _short(settings),
+        "outcome": _short(outcome),
+    }
+    banks = [
+        {
+            "method": row["method"],
+            "name": f"{row['name']}, bank {name}",
+            "settings": "-",
+            "outcome": _settings({"layers": len(bank["layers"]), "templates": bank["templates"]}),
+        }
+        for name, bank in entry.get("banks", {}).items()
+    ]
+    return [row, *banks]
+
+
+def _short(values: Mapping[str, Any]) -> str:
+    """Those that fit a cell."""
+    return _settings({name: value for name, value in values.items() if not isinstance(value, (dict, list))}) or "-"
 
 
 def _settings(values: Mapping[str, Any]) -> str:

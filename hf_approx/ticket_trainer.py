@@ -120,10 +120,8 @@ class TicketTrainer(ApproxTrainer):
         return self.rounds.output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the number of the training."""
-        if self.ticket is None:
-            logs["round"] = self.rounds.round + 1
-        super().log(logs, *args, **kwargs)
+        """Add the number of the training, to the log alone: `evaluate` returns the same numbers as metrics."""
+        super().log(logs if self.ticket else {**logs, "round": self.rounds.round + 1}, *args, **kwargs)
 
 
 class _RoundSchedule(TrainerCallback):
@@ -154,6 +152,7 @@ class _TrainerRounds(Rounds):
     """The rounds of a search whose every training is one of `Trainer.train`."""
 
     output: TrainOutput
+    steps = 0
 
     def __init__(self, trainer: TicketTrainer, config: TicketConfig) -> None:
         super().__init__(trainer._plain_model, trainer.methods[0], config)
@@ -169,6 +168,7 @@ class _TrainerRounds(Rounds):
         set_seed(trainer.args.seed + self.round)
         self.output = Trainer.train(trainer, ignore_keys_for_eval=self.ignore_keys)
         trainer.state.log_history[:0] = logged
+        self.steps += trainer.state.global_step
         return self.output.training_loss
 
     def _evaluate(self) -> float:
@@ -182,6 +182,7 @@ class _TrainerRounds(Rounds):
 
     def _finalize(self) -> list[str]:
         names = [f"{name}.weight" for name in self.method.modules]
+        self.trainer.about.setdefault("steps", self.steps)
         report = self.trainer.finalize()
         self.trainer.log({f"approx/{name}": value for name, value in report["totals"].items()})
         return names
@@ -193,7 +194,8 @@ class _TrainerRounds(Rounds):
         if trainer.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "complete").unlink(missing_ok=True)
-            torch.save({**self.state_dict(), "model": self.plain.state_dict()}, folder / STATE_FILE)
+            state = {**self.state_dict(), "steps": self.steps, "model": self.plain.state_dict()}
+            torch.save(state, folder / STATE_FILE)
             self._replace(folder)
         trainer.accelerator.wait_for_everyone()
 
@@ -204,4 +206,5 @@ class _TrainerRounds(Rounds):
             raise ValueError(f"TicketTrainer: {folder} holds no finished round to go on from.")
         state = torch.load(saved / STATE_FILE, map_location="cpu", weights_only=True)
         self.plain.load_state_dict(state.pop("model"))
+        self.steps = state.pop("steps", 0)
         self.load_state_dict(state)

@@ -28,7 +28,7 @@ from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
-from hf_approx.trainer_hub import HubMixin
+from hf_approx.trainer_hub import HubMixin, remove_report
 
 logger = logging.getLogger(__name__)
 
@@ -343,7 +343,8 @@ class ApproxTrainerMixin(HubMixin):
             super()._save(output_dir, state_dict)  # type: ignore[misc]
             if trainer.args.should_save:
                 self._save_arguments(Path(folder))
-                if self.approx_report:
+                remove_report(Path(folder))
+                if not self._unfinished and not trainer.is_in_train:
                     self._save_report(Path(folder))
             return
         # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
@@ -358,6 +359,7 @@ class ApproxTrainerMixin(HubMixin):
             del model.config.quantization_config
         if trainer.args.should_save:
             self._save_arguments(Path(folder))
+            remove_report(Path(folder))
 
     def _plain_names(self) -> list[str]:
         return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]

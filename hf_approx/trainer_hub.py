@@ -3,23 +3,27 @@
 import functools
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import is_hf_dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
-from hf_approx.cards import write_card
+from hf_approx.cards import CARD_FILE, PICTURES, is_ours, write_card
 from hf_approx.hub import ARGUMENTS_FILE, license_of, push_folder
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.plots import plot_layers
 from hf_approx.report import REPORT_FILE
 from hf_approx.report_plots import has_history, plot_training
 from hf_approx.similarity_plots import plot_similarity
+
+logger = logging.getLogger(__name__)
 
 NOT_MEASUREMENTS = ("epoch", "_runtime", "_per_second", "_time")
 FILE_LOADERS = ("csv", "json", "pandas", "parquet", "text")
@@ -38,19 +42,22 @@ class HubMixin:
     about: dict[str, Any]
     _finalized: bool
     _measured: dict[str, Any]
+    _measured_state: dict[str, tuple[int, int]]
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate; what the finished model reaches is kept for its card."""
+        """Evaluate; what the finished model reaches on the trainer's own `eval_dataset` is kept for its card."""
         trainer = cast(Trainer, self)
         metrics = super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
-        if self._finalized and not trainer.is_in_train:
-            data: Any = trainer.eval_dataset if eval_dataset is None else eval_dataset
+        own = eval_dataset is None or eval_dataset is trainer.eval_dataset
+        if own and self._finalized and not trainer.is_in_train:
+            data: Any = trainer.eval_dataset
             counted = has_length(data) and not isinstance(data, (dict, str))
             names = [name for name in metrics if not name.endswith(NOT_MEASUREMENTS)]
             self._measured = {
                 "metrics": {name.removeprefix("eval_"): metrics[name] for name in names},
                 "samples": len(data) if counted else None,
             }
+            self._measured_state = self._state()
         return cast(dict[str, float], metrics)
 
     def create_model_card(
@@ -153,8 +160,16 @@ class HubMixin:
             guess["dataset_split"] = None if data.split is None else str(data.split)
         return {**guess, **self.about}
 
+    def _state(self) -> dict[str, tuple[int, int]]:
+        """Which parameters the model has, and how often each was written to: an edit changes it, saving does not."""
+        model = cast(nn.Module, cast(Trainer, self).model)
+        return {name: (id(param), param._version) for name, param in model.named_parameters()}
+
     def _save_report(self, folder: Path) -> None:
         """The report as JSON and, where matplotlib is installed, as pictures; and the model card made of them."""
+        if self._measured and self._measured_state != self._state():
+            logger.warning("The model changed after it was evaluated: its report and card are without metrics.")
+            self._measured = {}
         self.approx_report["about"] = self._description()
         self.approx_report["evaluation"] = self._measured
         (folder / REPORT_FILE).write_text(json.dumps(self.approx_report, indent=2) + "\n", encoding="utf-8")
@@ -178,6 +193,14 @@ class HubMixin:
         public = {name: value for name, value in arguments.items() if not name.endswith("token")}
         text = json.dumps(public, indent=2, default=str)
         (folder / ARGUMENTS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def remove_report(folder: Path) -> None:
+    """Remove what an earlier save left of another model: report, pictures, and a card that nobody has edited."""
+    for name in (REPORT_FILE, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    if is_ours(folder / CARD_FILE):
+        (folder / CARD_FILE).unlink()
 
 
 def _push_and_tell(*args: Any, **kwargs: Any) -> CommitInfo:

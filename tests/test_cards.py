@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from helpers import ROOT
-from hf_approx import attach_packing
+from helpers import ROOT, make_trainer
+from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, UniformQuantizationConfig, attach_packing
 from hf_approx.cards import MARKER, auto_class, escape, one_line, render_card, task_of, write_card
 from hf_approx.cli import main
 from hf_approx.inspection import inspect_checkpoint
-from models import build
+from models import build, dataset
+from sharing import deep_bert
 
 METHOD = {"label": "sparsification", "method": "sparsification", "target_sparsity": 0.5, "sparsity": 0.5}
 REPORT = {
@@ -121,6 +122,67 @@ def test_a_plain_model_needs_no_hf_approx(tmp_path):
     assert "import hf_approx" not in card
     assert "AutoModelForCausalLM" in card
     assert front_matter(card)["pipeline_tag"] == "text-generation"
+
+
+SENTENCES = {
+    "compressed": "Compression can change",
+    "zeros": "of the packed weights are zero",
+    "kept": "Zeros stay zero in training",
+    "packed": 'runtime="packed"',
+    "bits": "bits on average",
+    "rounds": "use `SmolConfig` or `UniformQuantizationConfig`",
+    "others": "Weights that are not quantized are stored in float16",
+    "float16": "Weights are stored in float16",
+    "shares": "fewer parameters in memory",
+    "plain": "After `model.dequantize()` every layer has a weight of its own",
+    "ours": "only hf_approx loads it",
+    "sizes": "Its layers have sizes",
+    "inputs": "Its layers quantize their input",
+    "mismatch": "stops with a size mismatch",
+    "smaller": "times smaller",
+    "before": "Weights that were compressed: ",
+}
+PACKED = {"compressed", "mismatch", "smaller", "before"}
+QUANTIZED = PACKED | {"bits", "rounds", "others"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ((), set()),
+        (SparsificationConfig(target_sparsity=0.8), PACKED | {"zeros", "kept", "packed", "float16"}),
+        (UniformQuantizationConfig(bits=4), QUANTIZED),
+        (SmolConfig(activations=True), QUANTIZED | {"ours", "inputs"}),
+        (SharingConfig(), PACKED | {"shares", "plain", "float16"}),
+        # BERT's config cannot express fewer heads, but fewer neurons.
+        (
+            SparsificationConfig(target_sparsity=0.5, granularity="head"),
+            {"compressed", "before", "ours", "sizes", "float16"},
+        ),
+        (SparsificationConfig(target_sparsity=0.5, granularity="neuron"), {"compressed", "before"}),
+    ],
+    ids=["dense", "sparse", "quantized", "activations", "shared", "heads", "neurons"],
+)
+def test_a_card_says_of_each_kind_of_packing_what_is_true_of_it(tmp_path, config, expected):
+    model = deep_bert() if isinstance(config, SharingConfig) else None
+    trainer = make_trainer("bert", tmp_path, config, model, eval_dataset=dataset("bert", 8), max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    text = " ".join(card.split())
+    assert {name for name, sentence in SENTENCES.items() if sentence in text} == expected
+    assert ("compressed" in text) == ("compressed" in expected)
+    assert "\n\n\n" not in card.split(MARKER)[1].strip()
+    if "before" in expected:
+        totals = trainer.approx_report["totals"]
+        assert f"{totals['dense_bytes']:,} bytes before" in text
+        assert f"{totals['packed_bytes']:,} bytes after" in text
+    if "bits" in expected:
+        assert f"take {inspect_checkpoint(tmp_path).bits:.2f} bits on average" in text
+    if "shares" in expected:
+        assert "| sharing, bank encoder-layer-output-dense | - | layers = 4, templates = 2 |" in card
+        assert max(map(len, card.splitlines())) < 250
 
 
 def test_a_card_written_by_hand_is_left_alone(folder, capsys):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import make_trainer
-from hf_approx import MagnitudePruningConfig, SparsificationConfig
+from helpers import arguments, make_trainer
+from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig, TicketTrainer
 from hf_approx.methods.base import HISTOGRAM_BINS
 from hf_approx.report import Recorder, describe_layers, kind_of
 from hf_approx.report_plots import has_history, plot_training
+from models import build, dataset
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -92,3 +93,81 @@ def test_methods_without_masks_are_drawn_too(tmp_path):
     trainer.train()
     plot_training(trainer.approx_report, tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
+
+
+def test_checkpoints_of_a_second_training_have_no_report(tmp_path):
+    trainer = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5), max_steps=2)
+    trainer.train()
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "model.safetensors").is_file()
+    assert not {"README.md", "approx_report.json"} & {path.name for path in folder.iterdir()}
+
+
+def test_a_reused_folder_keeps_nothing_of_the_earlier_model(tmp_path):
+    trainer = make_trainer("bert", tmp_path, SparsificationConfig(target_sparsity=0.8), max_steps=4, logging_steps=2)
+    trainer.train()
+    trainer.save_model()
+    (tmp_path / "similarity.png").write_bytes(PNG)
+    assert (tmp_path / "layers.png").is_file()
+    dense = make_trainer("bert", tmp_path, eval_dataset=dataset("bert", 8), max_steps=1)
+    dense.train()
+    dense.evaluate()
+    dense.save_model()
+    assert not list(tmp_path.glob("*.png"))
+    report = json.loads((tmp_path / "approx_report.json").read_text())
+    assert not {"methods", "totals"} & report.keys()
+    assert report["evaluation"]["samples"] == 8
+    card = (tmp_path / "README.md").read_text()
+    assert "sparsification" not in card
+    assert "8 examples" in card
+
+    (tmp_path / "README.md").write_text("mine")
+    unfinished = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5))
+    unfinished.save_model()
+    assert not (tmp_path / "approx_report.json").exists()
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_only_what_this_model_reached_on_its_own_evaluation_set_is_kept(tmp_path):
+    def saved():
+        trainer.save_model()
+        return json.loads((tmp_path / "approx_report.json").read_text())["evaluation"]
+
+    trainer = make_trainer("bert", tmp_path, MagnitudePruningConfig(0.5), eval_dataset=dataset("bert", 8), max_steps=2)
+    trainer.train()
+    trainer.evaluate(trainer.train_dataset)
+    assert saved() == {}
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.evaluate(trainer.train_dataset)
+    expected = {"metrics": {"loss": loss}, "samples": 8}
+    assert saved() == expected
+    assert saved() == expected
+    with torch.no_grad():
+        trainer.model.classifier.weight.mul_(2)
+    assert saved() == {}
+    trainer.evaluate(trainer.eval_dataset)
+    assert saved()["samples"] == 8
+    trainer.model.classifier.bias = nn.Parameter(torch.ones(2))
+    assert saved() == {}
+
+
+def test_a_search_reports_the_steps_of_all_its_trainings(tmp_path):
+    def search():
+        return TicketTrainer(
+            model=build("bert"),
+            args=arguments(tmp_path, max_steps=2, save_strategy="steps"),
+            train_dataset=dataset("bert"),
+            eval_dataset=dataset("bert", 8),
+            search=TicketConfig(method=MagnitudePruningConfig(0.5), rounds=2, rewind_step=1),
+        )
+
+    for resume in (False, True):
+        trainer = search()
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        report = json.loads((tmp_path / "approx_report.json").read_text())
+        assert report["about"]["steps"] == 6
+        assert report["evaluation"]["metrics"].keys() == {"loss"}
+    assert {entry["round"] for entry in trainer.state.log_history} == {3}
