@@ -211,7 +211,7 @@ def test_damage_with_a_matching_checksum_is_refused_or_harmless(data):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("kind", "shared", "kind 'shared' is unknown"),
+        ("kind", "wavelet", "kind 'wavelet' is unknown"),
         ("kind", ["sparse"], "is unknown"),
         ("shape", [0, 3], "not a list of positive"),
         ("shape", [2**30, 2**30], "larger than any weight"),

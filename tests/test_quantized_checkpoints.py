@@ -270,7 +270,7 @@ def test_damaged_bytes_are_named(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q["tensors"][KEY].update(kind="shared"), f"'{KEY}': kind 'shared' is unknown"),
+        (lambda q: q["tensors"][KEY].update(kind="wavelet"), f"'{KEY}': kind 'wavelet' is unknown"),
         (lambda q: q["tensors"][KEY].pop("kind"), f"'{KEY}': its entry must have the fields"),
         (lambda q: q["tensors"][KEY].update(grid=[64, 32]), f"'{KEY}': grid .* does not fit"),
         (lambda q: q["tensors"][KEY]["rice"].append(1), f"'{KEY}': rice is"),

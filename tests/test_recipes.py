@@ -119,7 +119,10 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("modle=x", "unknown option 'modle'"),
         ("text_columns=[title]", "no column 'title'; it has first, second, verdict"),
         ("eval_split=test", "no split 'test'; it has held_out, train"),
-        ("approx.0.method=magic", "method must be one of sparsification, magnitude, movement, got 'magic'"),
+        (
+            "approx.0.method=magic",
+            "method must be one of sparsification, magnitude, movement, sharing, smol, uniform, got 'magic'",
+        ),
         ("approx.0.sparsity=0.5", "unknown option 'sparsity'"),
         ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
         ("optimizer.lr=-1", "lr must be a finite number >= 0"),

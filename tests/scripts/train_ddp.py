@@ -39,7 +39,8 @@ trainer = make_trainer(
 assert trainer.args.world_size == processes, trainer.args.world_size
 trainer.evaluate(trainer.train_dataset)  # accelerate must not take the model for prepared after this
 trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4") if "resume" in sys.argv else None)
+report = json.dumps(trainer.approx_report)  # the first process adds to its own what the card says
 trainer.save_model(str(folder / "model"))
 rank = trainer.args.process_index
 torch.save(trainer.model.state_dict(), folder / f"rank{rank}.pt")
-(folder / f"rank{rank}.json").write_text(json.dumps(trainer.approx_report))
+(folder / f"rank{rank}.json").write_text(report)
