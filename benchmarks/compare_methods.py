@@ -95,8 +95,8 @@ def run(training: Training, options: argparse.Namespace, config: dict[str, Any])
 
 
 def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
-    return f"{mean(values):.4f} ± {stdev(values) if len(values) > 1 else 0:.4f}"
+    """Mean and sample standard deviation; one value stands alone."""
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
