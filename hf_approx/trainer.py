@@ -1,11 +1,8 @@
 """Trainers that compress while they fine-tune."""
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,18 +18,16 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
-from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer, attach_packing, keep_own_names
+from hf_approx.checkpoint import ApproxQuantizer, attach_packing
 from hf_approx.methods import Method, MethodConfig
-from hf_approx.modules.bank import banks_of, saved_weights, shared_layers, template_names
+from hf_approx.modules.bank import banks_of, saved_weights, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
-from hf_approx.trainer_hub import HubMixin, remove_report
+from hf_approx.trainer_checkpoint import CheckpointMixin, as_json, identity
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "approx_state.json"
 
 
 class _Schedule(TrainerCallback):
@@ -55,7 +50,7 @@ class _Schedule(TrainerCallback):
             method.on_gradients()
 
 
-class ApproxTrainerMixin(HubMixin):
+class ApproxTrainerMixin(CheckpointMixin):
     """Adds compression methods and AvaGrad to a `Trainer`.
 
     Args:
@@ -156,11 +151,6 @@ class ApproxTrainerMixin(HubMixin):
             self._special = bool(config.activations or config.structure or banks_of(model))
             quantizer.remove_quantization_config(model)
 
-    @property
-    def _plain_model(self) -> nn.Module:
-        """The model without the wrappers of accelerate and torch.compile."""
-        return cast(nn.Module, cast(Trainer, self).model)
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Coefficients of shared weights never decay."""
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
@@ -256,12 +246,12 @@ class ApproxTrainerMixin(HubMixin):
                     method.settle()
             reports = {label: method.report() for label, method in self._recorder.methods.items()}
             self.approx_report["methods"] = [
-                {"label": label, **report, "settings": _identity(self._recorder.methods[label])["config"]}
+                {"label": label, **report, "settings": identity(self._recorder.methods[label])["config"]}
                 for label, report in reports.items()
             ]
             self.approx_report["history"] = self._recorder.history
             if self._avagrad is not None:
-                self.approx_report["optimizer"] = {"method": "avagrad", **_plain(asdict(self._avagrad))}
+                self.approx_report["optimizer"] = {"method": "avagrad", **as_json(asdict(self._avagrad))}
             names += [name for method in reversed(self.methods) for name in method.bake()]
             for method in sorted(self.methods, key=lambda method: method.renames):
                 names = method.remove(names)
@@ -329,121 +319,6 @@ class ApproxTrainerMixin(HubMixin):
     def _all_grids(self) -> dict[str, Grid]:
         """Of the methods and, where they have none, of the packed model that training started from."""
         return {**self._grids, **{name: grid for method in self.methods for name, grid in method.grids.items()}}
-
-    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
-        """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
-        if not all(method.is_final for method in self.methods):
-            return False
-        return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        trainer, model = cast(Trainer, self), self._plain_model
-        folder = output_dir or trainer.args.output_dir or "."
-        if not self._unfinished or not isinstance(model, PreTrainedModel):
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
-            if trainer.args.should_save:
-                self._save_arguments(Path(folder))
-                remove_report(Path(folder))
-                if not self._unfinished and not trainer.is_in_train:
-                    self._save_report(Path(folder))
-            return
-        # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
-        # shape, in processes without hf_approx too, instead of starting from random weights.
-        state = model.state_dict() if state_dict is None else state_dict
-        state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
-        model.config.quantization_config = ApproxConfig(training=True)
-        keep_own_names(model)
-        try:
-            super()._save(output_dir, state)  # type: ignore[misc]
-        finally:
-            del model.config.quantization_config
-        if trainer.args.should_save:
-            self._save_arguments(Path(folder))
-            remove_report(Path(folder))
-
-    def _plain_names(self) -> list[str]:
-        return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
-
-    def _shared_names(self) -> list[str]:
-        """Names of the weights that are mixed from templates."""
-        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
-        return [f"{name}.weight" for name in layers]
-
-    @property
-    def _unfinished(self) -> bool:
-        """Whether what is saved now is no model: masks, or a packed model's parts that no plain config describes."""
-        return not self._finalized or bool(self._repack and self._special)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A training checkpoint must restore every tensor: anything missing would silently change the result."""
-        if self._unfinished:
-            unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
-            missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
-            if missing or unexpected:
-                name = sorted(missing or unexpected)[0]
-                raise ValueError(
-                    f"The checkpoint does not fit this run: '{name}' is {'missing' if missing else 'unknown'}. "
-                    "Resume with the model, methods and target modules it was made with."
-                )
-            return
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        self._check_methods(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-
-    def _check_methods(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of other methods or target modules before anything is loaded from it."""
-        path = os.path.join(checkpoint, STATE_FILE)
-        if not os.path.isfile(path):
-            if self._finalized:
-                return
-            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
-        here, there = [_identity(method) for method in self.methods], _read_json(path)["methods"]
-        if len(here) != len(there) or any(a["name"] != b["name"] for a, b in zip(here, there, strict=True)):
-            names = [" and ".join(entry["name"] for entry in side) or "no methods" for side in (there, here)]
-            raise ValueError(f"Cannot resume: the checkpoint was made with {names[0]}, this run has {names[1]}.")
-        for mine, saved in zip(here, there, strict=True):
-            if mine["modules"] != saved["modules"]:
-                raise ValueError(f"Cannot resume: {mine['name']} had other target modules in the checkpoint.")
-            for option, value in saved["config"].items():
-                if mine["config"].get(option) != value:
-                    raise ValueError(
-                        f"Cannot resume: {mine['name']} had {option}={value!r} in the checkpoint, this run has "
-                        f"{mine['config'].get(option)!r}."
-                    )
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        trainer = cast(Trainer, self)
-        if self.methods and trainer.args.should_save:
-            states = [{**_identity(method), "state": method.state_dict()} for method in self.methods]
-            with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"methods": states, "history": self._recorder.history}, file)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
-        if checkpoint is not None and not self._finalized:
-            saved = _read_json(os.path.join(checkpoint, STATE_FILE))
-            for method, entry in zip(self.methods, saved["methods"], strict=True):
-                method.load_state_dict(entry["state"])
-            self._recorder.history = saved["history"]
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _identity(method: Method) -> dict[str, Any]:
-    """What a method must have in common with the checkpoint it resumes from."""
-    identity = {"name": method.name, "modules": list(method.modules), "config": asdict(method.config)}
-    return _plain(identity)
-
-
-def _plain(data: dict[str, Any]) -> dict[str, Any]:
-    """As it looks once read from JSON."""
-    return cast(dict[str, Any], json.loads(json.dumps(data)))
 
 
 class ApproxTrainer(ApproxTrainerMixin, Trainer):

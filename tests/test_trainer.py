@@ -290,7 +290,7 @@ def test_without_methods_it_is_an_ordinary_trainer(tmp_path):
     trainer = train(tmp_path, approx=())
     trainer.save_model(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert trainer.approx_report == {}
+    assert set(trainer.approx_report) <= {"about", "evaluation"}
 
 
 def test_a_bad_method_leaves_the_model_as_it_was(tmp_path):

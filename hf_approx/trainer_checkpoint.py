@@ -1,0 +1,149 @@
+"""Checkpoints of a training that compresses: what is in them, and resuming from them exactly."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from hf_approx.checkpoint import ApproxConfig, keep_own_names
+from hf_approx.methods import Method
+from hf_approx.modules.bank import shared_layers
+from hf_approx.report import Recorder
+from hf_approx.trainer_hub import HubMixin, remove_report
+
+STATE_FILE = "approx_state.json"
+
+
+class CheckpointMixin(HubMixin):
+    """The part of `ApproxTrainerMixin` that saves and resumes."""
+
+    methods: Sequence[Method]
+    _repack: list[str]
+    _special: bool
+    _recorder: Recorder
+
+    @property
+    def _plain_model(self) -> nn.Module:
+        """The model without the wrappers of accelerate and torch.compile."""
+        return cast(nn.Module, cast(Trainer, self).model)
+
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
+        if not all(method.is_final for method in self.methods):
+            return False
+        return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        trainer, model = cast(Trainer, self), self._plain_model
+        folder = output_dir or trainer.args.output_dir or "."
+        if not self._unfinished or not isinstance(model, PreTrainedModel):
+            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            if trainer.args.should_save:
+                self._save_arguments(Path(folder))
+                remove_report(Path(folder))
+                if not self._unfinished and not trainer.is_in_train:
+                    self._save_report(Path(folder))
+            return
+        # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
+        # shape, in processes without hf_approx too, instead of starting from random weights.
+        state = model.state_dict() if state_dict is None else state_dict
+        state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
+        model.config.quantization_config = ApproxConfig(training=True)
+        keep_own_names(model)
+        try:
+            super()._save(output_dir, state)  # type: ignore[misc]
+        finally:
+            del model.config.quantization_config
+        if trainer.args.should_save:
+            self._save_arguments(Path(folder))
+            remove_report(Path(folder))
+
+    def _plain_names(self) -> list[str]:
+        return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
+
+    def _shared_names(self) -> list[str]:
+        """Names of the weights that are mixed from templates."""
+        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
+        return [f"{name}.weight" for name in layers]
+
+    @property
+    def _unfinished(self) -> bool:
+        """Whether what is saved now is no model: masks, or a packed model's parts that no plain config describes."""
+        return not self._finalized or bool(self._repack and self._special)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """A training checkpoint must restore every tensor: anything missing would silently change the result."""
+        if self._unfinished:
+            unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
+            missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
+            if missing or unexpected:
+                name = sorted(missing or unexpected)[0]
+                raise ValueError(
+                    f"The checkpoint does not fit this run: '{name}' is {'missing' if missing else 'unknown'}. "
+                    "Resume with the model, methods and target modules it was made with."
+                )
+            return
+        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._check_methods(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_methods(self, checkpoint: str) -> None:
+        """Refuse a checkpoint of other methods or target modules before anything is loaded from it."""
+        path = os.path.join(checkpoint, STATE_FILE)
+        if not os.path.isfile(path):
+            if self._finalized:
+                return
+            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
+        here, there = [identity(method) for method in self.methods], _read_json(path)["methods"]
+        if len(here) != len(there) or any(a["name"] != b["name"] for a, b in zip(here, there, strict=True)):
+            names = [" and ".join(entry["name"] for entry in side) or "no methods" for side in (there, here)]
+            raise ValueError(f"Cannot resume: the checkpoint was made with {names[0]}, this run has {names[1]}.")
+        for mine, saved in zip(here, there, strict=True):
+            if mine["modules"] != saved["modules"]:
+                raise ValueError(f"Cannot resume: {mine['name']} had other target modules in the checkpoint.")
+            for option, value in saved["config"].items():
+                if mine["config"].get(option) != value:
+                    raise ValueError(
+                        f"Cannot resume: {mine['name']} had {option}={value!r} in the checkpoint, this run has "
+                        f"{mine['config'].get(option)!r}."
+                    )
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+        trainer = cast(Trainer, self)
+        if self.methods and trainer.args.should_save:
+            states = [{**identity(method), "state": method.state_dict()} for method in self.methods]
+            with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump({"methods": states, "history": self._recorder.history}, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is not None and not self._finalized:
+            saved = _read_json(os.path.join(checkpoint, STATE_FILE))
+            for method, entry in zip(self.methods, saved["methods"], strict=True):
+                method.load_state_dict(entry["state"])
+            self._recorder.history = saved["history"]
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def identity(method: Method) -> dict[str, Any]:
+    """What a method must have in common with the checkpoint it resumes from."""
+    data = {"name": method.name, "modules": list(method.modules), "config": asdict(method.config)}
+    return as_json(data)
+
+
+def as_json(data: dict[str, Any]) -> dict[str, Any]:
+    """As it looks once read from JSON."""
+    return cast(dict[str, Any], json.loads(json.dumps(data)))
