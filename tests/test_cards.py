@@ -80,6 +80,7 @@ def test_a_card_says_what_the_report_and_the_files_say(folder):
     card = render_card(with_report(folder, REPORT, ["good", "bad"]))
     data = ModelCard(card).data
     assert data.to_dict()["base_model"] == "someone/base"
+    assert "\nA smaller version of someone/base, compressed with sparsification while it was trained" in card
     assert data.license == "mit"
     assert data.datasets == ["someone/words"]
     assert data.tags == ["hf_approx", "sparsification", "avagrad"]

@@ -191,7 +191,7 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[1]")
-    refuse("neither a folder nor the name of a repository", "inspect", tmp_path / "nowhere")
+    refuse("neither a folder nor", "inspect", tmp_path / "nowhere")
     refuse("has no config.json", "inspect", tmp_path / "full")
     refuse("is not JSON", "inspect", tmp_path / "broken")
     refuse("is not a JSON object", "inspect", tmp_path / "list")
