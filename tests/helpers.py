@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_approx import ApproxTrainer
 from models import build, dataset
@@ -47,6 +48,37 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert different == []
+
+
+class SimulatedCrashError(Exception):
+    """Raised in mid-training."""
+
+
+class CrashAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise SimulatedCrashError
+
+
+def assert_resumes_after_crash(trainer, folder, crash):
+    """A run that dies one step after checkpoint `crash` goes on to what an unbroken run ends with; returns that run.
+
+    `trainer(folder)` makes one that saves at every step.
+    """
+    straight = trainer(folder / "straight")
+    straight.train()
+    crashed = trainer(folder / "crashed")
+    crashed.add_callback(CrashAt(crash + 1))
+    with pytest.raises(SimulatedCrashError):
+        crashed.train()
+    resumed = trainer(folder / "crashed")
+    resumed.train(resume_from_checkpoint=str(folder / "crashed" / f"checkpoint-{crash}"))
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    assert resumed.approx_report == straight.approx_report
+    return straight
 
 
 def python(code, *args, check=True, **env):

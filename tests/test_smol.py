@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
+from test_trainer import assert_close_weights, no_dropout
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_resumes_after_crash, make_trainer
 from hf_approx import SmolConfig
 from hf_approx.methods.noise import draw
 from hf_approx.methods.precision import precision
@@ -299,16 +299,7 @@ def test_a_crashed_run_resumes_to_the_same_weights(tmp_path, crash, granularity)
     def trainer(folder):
         return make_trainer("bert", folder, approx=approx, save_strategy="steps", save_steps=1, bf16=True)
 
-    straight = trainer(tmp_path / "straight")
-    straight.train()
-    crashed = trainer(tmp_path / "crashed")
-    crashed.add_callback(CrashAt(crash + 1))
-    with pytest.raises(SimulatedCrashError):
-        crashed.train()
-    resumed = trainer(tmp_path / "crashed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / f"checkpoint-{crash}"))
-    assert_same_weights(weights(resumed.model), weights(straight.model))
-    assert resumed.approx_report == straight.approx_report
+    straight = assert_resumes_after_crash(trainer, tmp_path, crash)
     assert straight.approx_report["totals"]["bits"] == pytest.approx(3.0, abs=0.02)
 
 

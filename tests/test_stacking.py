@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from test_trainer import CrashAt, SimulatedCrashError
 from torch import nn
 from torch.nn.utils import parametrize
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, weights
 from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SmolConfig, SparsificationConfig
 from hf_approx import UniformQuantizationConfig as UniformConfig
 from hf_approx.packing.grid import expand, round_to_grid
@@ -37,16 +36,7 @@ def test_a_crashed_stack_resumes_to_the_same_weights(tmp_path, crash):
     def trainer(folder):
         return make_trainer("bert", folder, approx=[CS, SMOL], save_strategy="steps", save_steps=1)
 
-    straight = trainer(tmp_path / "straight")
-    straight.train()
-    crashed = trainer(tmp_path / "crashed")
-    crashed.add_callback(CrashAt(crash + 1))
-    with pytest.raises(SimulatedCrashError):
-        crashed.train()
-    resumed = trainer(tmp_path / "crashed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / f"checkpoint-{crash}"))
-    assert_same_weights(weights(resumed.model), weights(straight.model))
-    assert resumed.approx_report == straight.approx_report
+    assert_resumes_after_crash(trainer, tmp_path, crash)
 
 
 def test_precisions_are_assigned_once_the_mask_is_hard(tmp_path):

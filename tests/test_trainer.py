@@ -14,7 +14,16 @@ from transformers import (
     TrainerCallback,
 )
 
-from helpers import arguments, assert_same_weights, make_trainer, python, weights
+from helpers import (
+    CrashAt,
+    SimulatedCrashError,
+    arguments,
+    assert_resumes_after_crash,
+    assert_same_weights,
+    make_trainer,
+    python,
+    weights,
+)
 from hf_approx import (
     ApproxSeq2SeqTrainer,
     ApproxTrainer,
@@ -26,19 +35,6 @@ from hf_approx import (
 from models import build, dataset
 
 CS = SparsificationConfig(target_sparsity=0.8)
-
-
-class SimulatedCrashError(Exception):
-    """Raised in mid-training."""
-
-
-class CrashAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise SimulatedCrashError
 
 
 def no_dropout(name="bert"):
@@ -181,16 +177,7 @@ def test_a_crashed_run_resumes_to_the_same_weights(tmp_path, name, crash, approx
             name, folder, approx=approx, optimizer=optimizer, save_strategy="steps", save_steps=1, bf16=name == "bert"
         )
 
-    straight = trainer(tmp_path / "straight")
-    straight.train()
-    crashed = trainer(tmp_path / "crashed")
-    crashed.add_callback(CrashAt(crash + 1))
-    with pytest.raises(SimulatedCrashError):
-        crashed.train()
-    resumed = trainer(tmp_path / "crashed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / f"checkpoint-{crash}"))
-    assert_same_weights(weights(resumed.model), weights(straight.model))
-    assert resumed.approx_report == straight.approx_report
+    assert_resumes_after_crash(trainer, tmp_path, crash)
 
 
 KILLED = """

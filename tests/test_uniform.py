@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_trainer import CrashAt, SimulatedCrashError, assert_close_weights, no_dropout
+from test_trainer import assert_close_weights, no_dropout
 from torch import nn
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_resumes_after_crash, make_trainer
 from hf_approx import UniformQuantizationConfig
 from hf_approx.packing.grid import round_to_grid
 from models import build
@@ -77,15 +77,7 @@ def test_a_crashed_run_resumes_to_the_same_weights(tmp_path):
             "gpt2", folder, approx=UniformQuantizationConfig(bits=2), save_strategy="steps", save_steps=1
         )
 
-    straight = trainer(tmp_path / "straight")
-    straight.train()
-    crashed = trainer(tmp_path / "crashed")
-    crashed.add_callback(CrashAt(4))
-    with pytest.raises(SimulatedCrashError):
-        crashed.train()
-    resumed = trainer(tmp_path / "crashed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / "checkpoint-3"))
-    assert_same_weights(weights(resumed.model), weights(straight.model))
+    assert_resumes_after_crash(trainer, tmp_path, 3)
 
 
 def test_compiled_training_equals_eager(tmp_path):
