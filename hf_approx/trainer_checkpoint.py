@@ -41,28 +41,25 @@ class CheckpointMixin(HubMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer, model = cast(Trainer, self), self._plain_model
-        folder = output_dir or trainer.args.output_dir or "."
-        if not self._unfinished or not isinstance(model, PreTrainedModel):
+        if self._unfinished and isinstance(model, PreTrainedModel):
+            # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
+            # shape, in processes without hf_approx too, instead of starting from random weights.
+            state = model.state_dict() if state_dict is None else state_dict
+            state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
+            model.config.quantization_config = ApproxConfig(training=True)
+            keep_own_names(model)
+            try:
+                super()._save(output_dir, state)  # type: ignore[misc]
+            finally:
+                del model.config.quantization_config
+        else:
             super()._save(output_dir, state_dict)  # type: ignore[misc]
-            if trainer.args.should_save:
-                self._save_arguments(Path(folder))
-                remove_report(Path(folder))
-                if not self._unfinished and not trainer.is_in_train:
-                    self._save_report(Path(folder))
-            return
-        # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
-        # shape, in processes without hf_approx too, instead of starting from random weights.
-        state = model.state_dict() if state_dict is None else state_dict
-        state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
-        model.config.quantization_config = ApproxConfig(training=True)
-        keep_own_names(model)
-        try:
-            super()._save(output_dir, state)  # type: ignore[misc]
-        finally:
-            del model.config.quantization_config
         if trainer.args.should_save:
-            self._save_arguments(Path(folder))
-            remove_report(Path(folder))
+            folder = Path(output_dir or trainer.args.output_dir or ".")
+            self._save_arguments(folder)
+            remove_report(folder)
+            if not self._unfinished and not trainer.is_in_train:
+                self._save_report(folder)
 
     def _plain_names(self) -> list[str]:
         return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
