@@ -4,6 +4,7 @@ from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.folding import fold
 from hf_approx.loops import TicketConfig
 from hf_approx.methods import (
+    LayerDroppingConfig,
     MagnitudePruningConfig,
     MovementPruningConfig,
     SharingConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "ApproxTrainerMixin",
     "AvaGrad",
     "AvaGradConfig",
+    "LayerDroppingConfig",
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",

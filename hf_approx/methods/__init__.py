@@ -1,6 +1,7 @@
 """The compression methods, one file each. A new method is a file and a line in `METHODS`."""
 
 from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.dropping import LayerDropping, LayerDroppingConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
 from hf_approx.methods.sharing import SharingConfig, SoftSharing
@@ -13,6 +14,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
     "movement": MovementPruningConfig,
+    "layer_dropping": LayerDroppingConfig,
     "sharing": SharingConfig,
     "smol": SmolConfig,
     "uniform": UniformQuantizationConfig,
@@ -22,6 +24,8 @@ METHODS: dict[str, type[MethodConfig]] = {
 __all__ = [
     "METHODS",
     "ContinuousSparsification",
+    "LayerDropping",
+    "LayerDroppingConfig",
     "MagnitudePruning",
     "MagnitudePruningConfig",
     "Method",
