@@ -115,7 +115,9 @@ def spread(values: list[float]) -> str:
 def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     """Print one table of all rows, and one with a column for each sparsity."""
     titles = {**TITLES, "config": own_title}
-    print(f"| method | sparsity | bits | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
+    shares = rows[0]["measure"] == "templates"
+    size = "parameters" if shares else "sparsity"
+    print(f"| method | {size} | bits | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["target"], METHODS.index(row["method"]), row["seed"])):
@@ -123,7 +125,7 @@ def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     for (method, _), group in groups.items():
         cells = [
             titles[method],
-            f"{mean(r['sparsity'] for r in group):.2%}",
+            f"{group[0]['parameters']:,}" if shares else f"{mean(r['sparsity'] for r in group):.2%}",
             "-" if group[0]["bits"] is None else f"{mean(r['bits'] for r in group):.2f}",
             spread([r[metric] for r in group]),
             str(len(group)),
@@ -135,11 +137,8 @@ def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     targets = sorted({target for method, target in groups if method != "dense"})
     if len(targets) < 2:
         return
-    print(
-        f"\n| {metric} at | "
-        + " | ".join(f"{t:g} bits" if rows[0]["measure"] == "bits" else f"{t:.0%}" for t in targets)
-        + " |"
-    )
+    unit = "{:g} bits" if rows[0]["measure"] == "bits" else "{:.0%}"
+    print(f"\n| {metric} at | " + " | ".join(map(unit.format, targets)) + " |")
     print("| --- |" + " --- |" * len(targets))
     for method in METHODS[1:]:
         cells = [spread([r[metric] for r in groups[method, t]]) if (method, t) in groups else "" for t in targets]

@@ -1,7 +1,6 @@
-"""Layers dropped before training (Sajjad et al., "On the Effect of Dropping Layers of Pre-trained
-Transformer Models", 2023).
+"""Layers dropped before training: a baseline for the methods that learn which to remove or to share.
 
-A baseline for the methods that learn which layers to remove or to share.
+Sajjad et al., "On the Effect of Dropping Layers of Pre-trained Transformer Models", 2023.
 """
 
 from collections.abc import Sequence
