@@ -4,6 +4,7 @@ from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.folding import fold
 from hf_approx.loops import TicketConfig
 from hf_approx.methods import (
+    FixedPrecisionConfig,
     LayerDroppingConfig,
     MagnitudePruningConfig,
     MovementPruningConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "ApproxTrainerMixin",
     "AvaGrad",
     "AvaGradConfig",
+    "FixedPrecisionConfig",
     "LayerDroppingConfig",
     "MagnitudePruningConfig",
     "MovementPruningConfig",

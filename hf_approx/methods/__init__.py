@@ -2,6 +2,7 @@
 
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.dropping import LayerDropping, LayerDroppingConfig
+from hf_approx.methods.fixed_precision import FixedPrecision, FixedPrecisionConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
 from hf_approx.methods.sharing import SharingConfig, SoftSharing
@@ -17,6 +18,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     "layer_dropping": LayerDroppingConfig,
     "sharing": SharingConfig,
     "smol": SmolConfig,
+    "fixed_precision": FixedPrecisionConfig,
     "uniform": UniformQuantizationConfig,
 }
 """Config classes by the name a recipe or the command line uses."""
@@ -24,6 +26,8 @@ METHODS: dict[str, type[MethodConfig]] = {
 __all__ = [
     "METHODS",
     "ContinuousSparsification",
+    "FixedPrecision",
+    "FixedPrecisionConfig",
     "LayerDropping",
     "LayerDroppingConfig",
     "MagnitudePruning",
