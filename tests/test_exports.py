@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertTokenizerFast,
+    CompressedTensorsConfig,
+)
 from transformers.utils import is_compressed_tensors_available
 
 from helpers import make_trainer, python
@@ -30,11 +36,9 @@ import sys, torch, transformers
 from safetensors.torch import save_file
 from models import batch
 
-folder, name, auto, decode, output = sys.argv[1:]
-decode = decode == "True"
-options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if decode else {}
-model = getattr(transformers, auto).from_pretrained(folder, **options).eval()
-assert any(key.endswith("weight_packed") for key in model.state_dict()) != decode
+folder, name, auto, output = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder).eval()
+assert any(key.endswith("weight_packed") for key in model.state_dict())
 with torch.no_grad():
     save_file({"logits": model(**batch(name)).logits}, output)
 assert "hf_approx" not in sys.modules
@@ -104,22 +108,24 @@ def packed(tmp_path):
 
 
 @needs_package
-@pytest.mark.parametrize("decode", [False, True])
-def test_a_trained_llama_loads_in_a_process_without_hf_approx(smol, tmp_path, decode):
+def test_a_trained_llama_loads_in_a_process_without_hf_approx(smol, tmp_path):
     export_model(smol, tmp_path / "dense")
     result = export_model(smol, tmp_path / "integers", "compressed-tensors")
     assert (len(result.packed), result.bits, result.dense) == (14, 8, {})
     assert result.bytes < size(tmp_path / "integers") < 0.6 * size(tmp_path / "dense")
-    python(FRESH, tmp_path / "integers", "llama", "AutoModelForCausalLM", decode, tmp_path / "logits")
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert torch.equal(load_file(tmp_path / "logits")["logits"], compute(dense, "llama"))
-    assert torch.equal(compute(AutoModelForCausalLM.from_pretrained(smol), "llama"), compute(dense, "llama"))
+    python(FRESH, tmp_path / "integers", "llama", "AutoModelForCausalLM", tmp_path / "logits")
+    expected = compute(AutoModelForCausalLM.from_pretrained(smol), "llama")
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], expected)
+    decode = CompressedTensorsConfig(dequantize=True)
+    for folder, options in (("dense", {}), ("integers", {"quantization_config": decode})):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, **options)
+        assert torch.equal(compute(model, "llama"), expected)
 
 
 @needs_package
 def test_a_bert_loads_in_a_process_without_hf_approx(packed, tmp_path):
     export_model(packed, tmp_path / "integers", "compressed-tensors")
-    python(FRESH, tmp_path / "integers", "bert", "AutoModelForSequenceClassification", False, tmp_path / "logits")
+    python(FRESH, tmp_path / "integers", "bert", "AutoModelForSequenceClassification", tmp_path / "logits")
     model = AutoModelForSequenceClassification.from_pretrained(packed)
     assert torch.equal(load_file(tmp_path / "logits")["logits"], compute(model, "bert"))
     assert AutoTokenizer.from_pretrained(tmp_path / "integers").tokenize("good") == ["good"]
@@ -150,12 +156,11 @@ def test_integers_decode_to_the_same_weights(tmp_path, name, dtype, options, zer
     assert config["config_groups"]["group_0"]["weights"]["strategy"] == strategy
     assert config["quant_method"] == "compressed-tensors"
     assert "hf_approx" not in json.dumps(config)
-    loaded = AUTO[name].from_pretrained(tmp_path / "integers")
-    assert loaded.dtype == dtype
-    assert torch.equal(compute(loaded, name), compute(model, name))
-    expected = dict(model.named_parameters())
+    loaded, source = (AUTO[name].from_pretrained(tmp_path / folder) for folder in ("integers", "packed"))
+    assert loaded.dtype == source.dtype == dtype
+    assert torch.equal(compute(loaded, name), compute(source, name))
     for key in grids:
-        assert torch.equal(loaded.get_parameter(key), expected[key]), key
+        assert torch.equal(loaded.get_parameter(key), source.get_parameter(key)), key
 
 
 @needs_package
@@ -183,18 +188,18 @@ def test_what_the_format_cannot_hold_stays_dense(tmp_path, capsys):
     grids[QUERY] = Grid(torch.tensor([[8]], dtype=torch.uint8), torch.tensor([[0.05]]))
     words = "bert.embeddings.word_embeddings.weight"
     grids[words] = Grid(torch.tensor([[3]], dtype=torch.uint8), torch.tensor([[0.05]]))
-    sparse = grids.pop(OUTPUT) and OUTPUT
+    del grids[OUTPUT]
     with torch.no_grad():
-        model.get_parameter(sparse).mul_(torch.rand(32, 64) > 0.9)
-    save(model, tmp_path / "packed", grids, [sparse])
+        model.get_parameter(OUTPUT).mul_(torch.rand(32, 64) > 0.9)
+    save(model, tmp_path / "packed", grids, [OUTPUT])
     with pytest.raises(SystemExit) as exit_:
         main(["export", str(tmp_path / "packed"), str(tmp_path / "out"), "--format", "compressed-tensors"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
     assert "10 weights are integers of 4 bits" in printed
     assert f"Dense: '{QUERY}': some of its weights have 8 bits" in printed
-    assert f"Dense: '{words}': it is the weight of a Embedding" in printed
-    assert f"Dense: '{OUTPUT}': compressed-tensors stores no sparse weights" in printed
+    assert f"Dense: '{words}': only linear layers can be packed, and this is Embedding" in printed
+    assert f"Dense: '{OUTPUT}': releases of compressed-tensors after 0.14 store no sparse" in printed
     ignored = quantization(tmp_path / "out")["ignore"]
     assert {QUERY.removesuffix(".weight"), OUTPUT.removesuffix(".weight"), "classifier"} <= set(ignored)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -222,7 +227,9 @@ def test_a_sparse_llama_is_refused_and_exports_dense(tmp_path, granularity):
     trainer = make_trainer("llama", tmp_path / "run", [method], max_steps=4)
     trainer.train()
     trainer.save_model(tmp_path / "packed")
-    with pytest.raises(ValueError, match=r"no weight of .*'model.layers.0.*no sparse weights, 2:4 or other.*dense"):
+    with pytest.raises(
+        ValueError, match=r"no weight of .*'model.layers.0.*store no sparse weights, 2:4 or other.*format dense"
+    ):
         export_model(tmp_path / "packed", tmp_path / "out", "compressed-tensors")
     assert not (tmp_path / "out").exists()
     export_model(tmp_path / "packed", tmp_path / "dense", "dense")

@@ -22,7 +22,7 @@ from hf_approx.packing import Grid, QuantizedSpec, SharedSpec, TensorSpec, dtype
 WIDTHS = (4, 8)
 """Bits of an integer. Others exist, but few engines have kernels for them and their layout has changed."""
 
-NO_SPARSE = "compressed-tensors stores no sparse weights, 2:4 or other, since its version 0.15"
+NO_SPARSE = "releases of compressed-tensors after 0.14 store no sparse weights, 2:4 or other"
 
 
 def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Export:
@@ -59,11 +59,8 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
             else:
                 packed[name] = tensors
     if not packed:
-        name, reason = next(iter(dense.items()), ("", "it has no packed weight"))
-        raise ValueError(
-            f"compressed-tensors can hold no weight of '{source}'{name and f', such as {name!r}'}: {reason}. "
-            "Export with --format dense."
-        )
+        first = next((f"'{name}': {reason}" for name, reason in dense.items()), "none is packed")
+        raise ValueError(f"compressed-tensors can hold no weight of '{source}' ({first}). Choose the format dense.")
     for name, tensors in packed.items():
         del state[name]
         state.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in tensors.items()})
@@ -75,7 +72,8 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
 
 def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mapping[str, Grid]) -> dict[str, str]:
     """The packed weights that the format cannot hold, and why."""
-    users = Counter(id(param) for module in model.modules() for param in module._parameters.values())
+    modules = model.named_modules(remove_duplicate=False)
+    users = Counter(id(param) for _, module in modules for param in module._parameters.values())
     params = dict(model.named_parameters(remove_duplicate=False))
     unfit = {}
     for name, spec in specs.items():
@@ -87,7 +85,7 @@ def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mappi
         elif not isinstance(spec, QuantizedSpec):
             unfit[name] = NO_SPARSE
         elif not isinstance(module, nn.Linear):
-            unfit[name] = f"it is the weight of a {type(module).__name__}, not of a linear layer"
+            unfit[name] = f"only linear layers can be packed, and this is {type(module).__name__}"
         elif users[id(params[name])] > 1:
             unfit[name] = "it is tied to another weight"
         elif int(grids[name].bits.max()) >= WIDTHS[-1]:
