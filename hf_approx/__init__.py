@@ -1,6 +1,7 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
+from hf_approx.exports import export_model
 from hf_approx.folding import fold
 from hf_approx.loops import TicketConfig
 from hf_approx.methods import (
@@ -42,6 +43,7 @@ __all__ = [
     "UniformQuantizationConfig",
     "attach_packing",
     "block_similarity",
+    "export_model",
     "fold",
     "keep_zeros",
     "layer_similarity",

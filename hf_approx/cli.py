@@ -1,10 +1,8 @@
-"""The command line: train, compress, inspect, decompress, card and push."""
+"""The command line: train, compress, inspect, decompress, export, card and push."""
 
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +15,9 @@ from safetensors import SafetensorError
 import hf_approx
 from hf_approx.cards import CARD_FILE, write_card
 from hf_approx.checkpoint import attach_packing
+from hf_approx.exports import check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_repo, push_folder
-from hf_approx.inspection import COMPANIONS, Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
 from hf_approx.plots import plot_layers
 
 app = typer.Typer(
@@ -63,17 +62,17 @@ def compress(
     store_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
 ) -> None:
     """Write a trained model whose weights contain zeros as a packed checkpoint."""
-    _check_output(output)
+    check_output(output)
     folder = find_checkpoint(source, everything=True)
     packing = read_packing(folder)
     if packing is not None:
         state = "a checkpoint of unfinished training" if packing.training else "packed already"
         raise ValueError(f"'{source}' is {state}.")
-    model = _load(folder)
+    model = load_model(folder)
     matrices = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
     if not attach_packing(model, matrices, store_dtype):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
-    _write(model, folder, output)
+    write_model(model, folder, output)
     _show(inspect_checkpoint(output), brief=True)
 
 
@@ -104,19 +103,25 @@ def inspect(
 @app.command()
 def decompress(source: Source, output: Output) -> None:
     """Write a packed checkpoint as an ordinary transformers checkpoint."""
-    _check_output(output)
-    folder = find_checkpoint(source, everything=True)
-    packing = read_packing(folder)
-    if packing is None:
-        raise ValueError(f"'{source}' is not packed.")
-    if packing.structure is not None:
-        raise ValueError(
-            f"'{source}' has layers of sizes that its architecture's config cannot express: only hf_approx loads it."
-        )
-    model = _load(folder)
-    model.dequantize()
-    _write(model, folder, output)
-    print(f"Wrote {output}: {inspect_checkpoint(output).bytes:,} bytes of dense tensors.")
+    print(f"Wrote {output}: {export_model(source, output).bytes:,} bytes of dense tensors.")
+
+
+@app.command()
+def export(
+    source: Source,
+    output: Output,
+    format_: Annotated[str, typer.Option("--format", help="dense or compressed-tensors.")] = "dense",
+) -> None:
+    """Write a packed checkpoint for engines that know nothing of hf_approx.
+
+    compressed-tensors is for vLLM and transformers: quantized linear layers as integers, everything else dense.
+    """
+    result = export_model(source, output, format_)
+    print(f"Wrote {output}: {result.bytes:,} bytes of tensors.")
+    if result.packed:
+        print(f"{len(result.packed)} weights are integers of {result.bits} bits that decode to the same values.")
+    for reason, names in _by_reason(result.dense).items():
+        print(f"Dense: '{names[0]}'{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}.")
 
 
 @app.command()
@@ -140,41 +145,11 @@ def push(
     print(push_folder(folder, repo_id, private=private or None, revision=revision, token=token, message=message))
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"'{output}' exists and is not an empty folder.")
-
-
-def _load(folder: Path) -> transformers.PreTrainedModel:
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["AutoModel"])[0]
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel))):
-        raise ValueError(f"transformers has no model class {name!r}.")
-    try:
-        model, report = cls.from_pretrained(folder, output_loading_info=True)  # type: ignore[union-attr]
-    except RuntimeError as error:  # shapes that do not fit
-        raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
-    lost = sorted([*report["missing_keys"], *report["unexpected_keys"]])
-    if lost:
-        raise ValueError(f"'{folder}' does not hold a complete {name}: '{lost[0]}' is missing or unknown.")
-    return model
-
-
-def _write(model: transformers.PreTrainedModel, source: Path, output: Path) -> None:
-    """Save beside `output` and move it there whole; tokenizer and processor files come along."""
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        partial = Path(scratch) / "model"
-        model.save_pretrained(partial)
-        skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
-        for path in source.iterdir():
-            if path.suffix in COMPANIONS and path.name not in skipped:
-                shutil.copy(path, partial / path.name)
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
+def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
 
 
 def _show(result: Inspection, brief: bool = False) -> None:

@@ -1,0 +1,96 @@
+"""Reading a whole model folder and writing another one, whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_approx.inspection import COMPANIONS, inspect_checkpoint
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        folder: The new checkpoint.
+        bytes: Of all its tensors.
+        packed: Weights that are stored as integers, by parameter name.
+        bits: Of each of those integers; 0 if there are none.
+        dense: Weights that were packed and are dense now, and why, by parameter name; empty if the format is dense.
+    """
+
+    folder: Path
+    bytes: int
+    packed: tuple[str, ...] = ()
+    bits: int = 0
+    dense: dict[str, str] = field(default_factory=dict)
+
+
+def check_output(output: Path) -> None:
+    """Raise `ValueError` unless a folder can be written there without replacing anything."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"'{output}' exists and is not an empty folder.")
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The model in a folder, of the class that its config names.
+
+    Raises:
+        ValueError: transformers has no such class, or the folder holds another model or less than a whole one.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["AutoModel"])[0]
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, PreTrainedModel))):
+        raise ValueError(f"transformers has no model class {name!r}.")
+    try:
+        model, report = cls.from_pretrained(folder, output_loading_info=True)  # type: ignore[union-attr]
+    except RuntimeError as error:  # shapes that do not fit
+        raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
+    lost = sorted([*report["missing_keys"], *report["unexpected_keys"]])
+    if lost:
+        raise ValueError(f"'{folder}' does not hold a complete {name}: '{lost[0]}' is missing or unknown.")
+    return model
+
+
+def write_model(
+    model: PreTrainedModel,
+    source: Path,
+    output: Path,
+    state: dict[str, Tensor] | None = None,
+    finish: Callable[[Path], None] | None = None,
+) -> int:
+    """Save beside `output` and move it there whole; tokenizer and processor files come along.
+
+    Args:
+        model: What to save.
+        source: Folder of the other files.
+        output: Folder to write; does not exist or is empty.
+        state: Tensors to write instead of the model's own.
+        finish: Called with the folder before it is moved.
+
+    Returns:
+        Bytes of the tensors written.
+    """
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
+        partial = Path(scratch) / "model"
+        model.save_pretrained(partial, state_dict=state)
+        skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        for path in source.iterdir():
+            if path.suffix in COMPANIONS and path.name not in skipped:
+                shutil.copy(path, partial / path.name)
+        if finish is not None:
+            finish(partial)
+        written = inspect_checkpoint(partial).bytes
+        if output.exists():
+            output.rmdir()
+        partial.rename(output)
+    return written
