@@ -36,6 +36,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "round": {"method": "uniform", "mode": "round"},
 }
 SHARERS: dict[str, dict[str, Any]] = {
+    "approximation": {"method": "sharing", "init": "pretrained"},
     "tied": {"method": "sharing", "coefficients": "fixed"},
     "drop-last": {"method": "layer_dropping", "order": "last"},
     "drop-alternate": {"method": "layer_dropping", "order": "alternate"},
@@ -51,6 +52,7 @@ TITLES = {
     "random": "random",
     "qat": "uniform, trained rounded",
     "round": "uniform, rounded after training",
+    "approximation": "soft sharing from the best approximation",
     "tied": "neighbours tied, as ALBERT",
     "drop-last": "last layers dropped",
     "drop-alternate": "alternate layers dropped",
@@ -79,7 +81,7 @@ class Training:
             return []
         if self.method in QUANTIZERS:
             return [{**QUANTIZERS[self.method], "bits": int(self.target)}]
-        if self.method == "tied":
+        if self.method in SHARERS and SHARERS[self.method]["method"] == "sharing":
             return [{**SHARERS[self.method], "templates": self.target}]
         if self.method in SHARERS:
             return [{**SHARERS[self.method], "target_sparsity": 1 - self.target}]

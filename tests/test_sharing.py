@@ -183,6 +183,32 @@ def test_pretrained_start_is_the_best_approximation():
     assert float((flat - mixed).square().sum()) == pytest.approx(float(singular[2:].square().sum()), rel=1e-4)
 
 
+def test_the_start_from_layers_keeps_some_and_is_nearest_for_the_others():
+    model = Stack(5)
+    own = [layer.weight.detach().clone() for layer in model.layers]
+    attach(model, templates=2, init="layers")
+    kept = torch.stack([own[i].reshape(-1) for i in (0, 2)]).double()
+    for i, layer in enumerate(model.layers):
+        if i in (0, 2):
+            assert torch.equal(layer.weight, own[i])
+            continue
+        # The residual of a least-squares fit is orthogonal to what was fitted.
+        rest = (own[i] - layer.weight.detach()).reshape(-1).double()
+        torch.testing.assert_close(kept @ rest, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-4)
+        assert rest.norm() < own[i].norm()
+
+
+def test_the_start_from_equal_layers_is_exact():
+    model = Stack(4)
+    with torch.no_grad():
+        for i, layer in enumerate(model.layers):
+            layer.weight.copy_(model.layers[0].weight * (i + 1))
+    own = [layer.weight.detach().clone() for layer in model.layers]
+    attach(model, templates=2, init="layers")
+    for layer, weight in zip(model.layers, own, strict=True):
+        torch.testing.assert_close(layer.weight, weight)
+
+
 def test_encoder_and_decoder_have_banks_of_their_own():
     model = build("t5")
     method = attach(model)

@@ -57,11 +57,13 @@ class SharingConfig(MethodConfig):
             "have banks of their own."
         },
     )
-    init: Literal["pretrained", "random"] = field(
+    init: Literal["pretrained", "layers", "random"] = field(
         default="pretrained",
         metadata={
-            "help": "'pretrained': the best approximation of the layers' weights with so many templates. 'random': "
-            "Kaiming normal templates, orthogonal coefficients, for training from scratch."
+            "help": "'pretrained': the best approximation of the layers' weights with so many templates. 'layers': "
+            "the weights of evenly spaced layers, which stay exact, and the best approximation of the others by "
+            "them; where layers have little in common it keeps more of the model. 'random': Kaiming normal templates, "
+            "orthogonal coefficients, for training from scratch."
         },
     )
     coefficients: Literal["trained", "fixed"] = field(
@@ -85,8 +87,8 @@ class SharingConfig(MethodConfig):
         k = self.templates
         if isinstance(k, bool) or not ((isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k <= 1)):
             raise ValueError(f"{where}: templates must be a whole number or a share from 0.0 to 1.0, got {k!r}.")
-        if self.init not in ("pretrained", "random"):
-            raise ValueError(f"{where}: init must be 'pretrained' or 'random', got {self.init!r}.")
+        if self.init not in ("pretrained", "layers", "random"):
+            raise ValueError(f"{where}: init must be 'pretrained', 'layers' or 'random', got {self.init!r}.")
         if self.coefficients not in ("trained", "fixed"):
             raise ValueError(f"{where}: coefficients must be 'trained' or 'fixed', got {self.coefficients!r}.")
         for name in ("coefficient_lr", "recurrence"):
@@ -203,7 +205,7 @@ class SoftSharing(Method):
             return templates, runs if fixed else nn.init.orthogonal_(torch.empty(len(weights), size))
         if fixed:
             return [combine(run / run.sum(), weights) for run in runs.T], runs
-        return best_approximation(weights, size)
+        return (evenly_spaced if self._config.init == "layers" else best_approximation)(weights, size)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The coefficients, at their learning rate."""
@@ -296,8 +298,7 @@ def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tenso
     Returns:
         The templates, and the coefficients of shape (L, size), whose columns are orthonormal.
     """
-    flat = [weight.reshape(-1).float() for weight in weights]
-    products = torch.tensor([[torch.dot(a, b).item() for b in flat] for a in flat], dtype=torch.float64)
+    products = _products(weights)
     vectors = torch.linalg.eigh(products).eigenvectors.flip(1)[:, :size]
     # The sign of an eigenvector is arbitrary: its largest entry is made positive.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
@@ -308,6 +309,24 @@ def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tenso
 def tied_runs(layers: int, templates: int) -> Tensor:
     """Coefficients that tie neighbours, as ALBERT's groups: of shape (layers, templates), one 1 in each row."""
     return torch.eye(templates)[torch.arange(layers) * templates // layers]
+
+
+def evenly_spaced(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
+    """As `best_approximation`, but the templates are weights of evenly spaced layers, the first among them.
+
+    The coefficients of these layers are ones and zeros, those of the others least squares.
+    """
+    kept = [k * len(weights) // size for k in range(size)]
+    products = _products(weights)
+    coefficients = torch.linalg.lstsq(products[kept][:, kept], products[kept], driver="gelsd").solution.T
+    coefficients[kept] = torch.eye(size, dtype=torch.float64)
+    return [weights[i].clone() for i in kept], coefficients
+
+
+def _products(weights: Sequence[Tensor]) -> Tensor:
+    """The Gram matrix of the weights, in float64."""
+    flat = [weight.reshape(-1).float() for weight in weights]
+    return torch.tensor([[torch.dot(a, b).item() for b in flat] for a in flat], dtype=torch.float64)
 
 
 def combine(factors: Tensor, weights: Sequence[Tensor]) -> Tensor:
