@@ -2,6 +2,7 @@
 
 python benchmarks/compare_methods.py --config recipes/configs/words_sparse90.yaml --sparsity 0.8 0.9 --seeds 0 1 2
 python benchmarks/compare_methods.py --config recipes/configs/words_bits4.yaml --bits 2 4 --methods dense config qat
+python benchmarks/compare_methods.py --config recipes/configs/words_shared50.yaml --templates 0.5 --methods config tied
 """
 
 import argparse
@@ -34,7 +35,12 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "qat": {"method": "uniform", "mode": "qat"},
     "round": {"method": "uniform", "mode": "round"},
 }
-METHODS = ("dense", "config", *BASELINES, *QUANTIZERS)
+SHARERS: dict[str, dict[str, Any]] = {
+    "tied": {"method": "sharing", "coefficients": "fixed"},
+    "drop-last": {"method": "layer_dropping", "order": "last"},
+    "drop-alternate": {"method": "layer_dropping", "order": "alternate"},
+}
+METHODS = ("dense", "config", *BASELINES, *QUANTIZERS, *SHARERS)
 TITLES = {
     "dense": "dense",
     "gradual": "gradual magnitude",
@@ -45,6 +51,9 @@ TITLES = {
     "random": "random",
     "qat": "uniform, trained rounded",
     "round": "uniform, rounded after training",
+    "tied": "neighbours tied, as ALBERT",
+    "drop-last": "last layers dropped",
+    "drop-alternate": "alternate layers dropped",
 }
 
 
@@ -54,8 +63,8 @@ class Training:
 
     Attributes:
         method: One of `METHODS`.
-        measure: What the target is of: "sparsity" or "bits".
-        target: Sparsity or average bits; 0 for dense.
+        measure: What the target is of: "sparsity", "bits" or "templates".
+        target: Sparsity, average bits, or templates as a share of the layers; 0 for dense.
         seed: Of the training.
     """
 
@@ -70,11 +79,15 @@ class Training:
             return []
         if self.method in QUANTIZERS:
             return [{**QUANTIZERS[self.method], "bits": int(self.target)}]
+        if self.method == "tied":
+            return [{**SHARERS[self.method], "templates": self.target}]
+        if self.method in SHARERS:
+            return [{**SHARERS[self.method], "target_sparsity": 1 - self.target}]
         own = config["approx"] if self.method == "config" else [BASELINES[self.method]]
-        field = f"target_{self.measure}"
         if self.measure == "sparsity":
-            return [{**options, field: self.target} for options in own]
-        return [{**options, field: self.target} if options["method"] == "smol" else options for options in own]
+            return [{**options, "target_sparsity": self.target} for options in own]
+        method, field = ("smol", "target_bits") if self.measure == "bits" else ("sharing", "templates")
+        return [{**options, field: self.target} if options["method"] == method else options for options in own]
 
 
 def run(training: Training, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +115,9 @@ def spread(values: list[float]) -> str:
 def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     """Print one table of all rows, and one with a column for each sparsity."""
     titles = {**TITLES, "config": own_title}
-    print(f"| method | sparsity | bits | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
+    shares = rows[0]["measure"] == "templates"
+    size = "parameters" if shares else "sparsity"
+    print(f"| method | {size} | bits | {metric} | seeds | bytes on disk | dense, same dtype | file / bound |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (row["target"], METHODS.index(row["method"]), row["seed"])):
@@ -110,7 +125,7 @@ def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     for (method, _), group in groups.items():
         cells = [
             titles[method],
-            f"{mean(r['sparsity'] for r in group):.2%}",
+            f"{group[0]['parameters']:,}" if shares else f"{mean(r['sparsity'] for r in group):.2%}",
             "-" if group[0]["bits"] is None else f"{mean(r['bits'] for r in group):.2f}",
             spread([r[metric] for r in group]),
             str(len(group)),
@@ -122,7 +137,8 @@ def show(rows: list[dict[str, Any]], metric: str, own_title: str) -> None:
     targets = sorted({target for method, target in groups if method != "dense"})
     if len(targets) < 2:
         return
-    print(f"\n| {metric} at | " + " | ".join(f"{t:.0%}" if t < 1 else f"{t:g} bits" for t in targets) + " |")
+    unit = "{:g} bits" if rows[0]["measure"] == "bits" else "{:.0%}"
+    print(f"\n| {metric} at | " + " | ".join(map(unit.format, targets)) + " |")
     print("| --- |" + " --- |" * len(targets))
     for method in METHODS[1:]:
         cells = [spread([r[metric] for r in groups[method, t]]) if (method, t) in groups else "" for t in targets]
@@ -139,6 +155,7 @@ def main() -> None:
     targets = parser.add_mutually_exclusive_group()
     targets.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     targets.add_argument("--bits", type=float, nargs="+", help="compare quantizers at these average bits instead")
+    targets.add_argument("--templates", type=float, nargs="+", help="compare sharers with this share of the weights")
     parser.add_argument("--title", default="Continuous Sparsification", help="what the table calls the config's own")
     parser.add_argument("--metric", default="accuracy", help="the number of the recipe's results to show")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time")
@@ -150,7 +167,8 @@ def main() -> None:
     rows = []
     if options.output is not None and options.output.exists():
         rows = [json.loads(line) for line in options.output.read_text().splitlines()]
-    measure, levels = ("bits", options.bits) if options.bits else ("sparsity", options.sparsity)
+    measure = next((name for name in ("bits", "templates") if getattr(options, name)), "sparsity")
+    levels = getattr(options, measure)
     done = {Training(row["method"], row["measure"], row["target"], row["seed"]) for row in rows}
     # Seed by seed, so that an interrupted run has compared every method.
     wanted = [

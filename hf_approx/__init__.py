@@ -4,6 +4,8 @@ from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.folding import fold
 from hf_approx.loops import TicketConfig
 from hf_approx.methods import (
+    FixedPrecisionConfig,
+    LayerDroppingConfig,
     MagnitudePruningConfig,
     MovementPruningConfig,
     SharingConfig,
@@ -27,6 +29,8 @@ __all__ = [
     "ApproxTrainerMixin",
     "AvaGrad",
     "AvaGradConfig",
+    "FixedPrecisionConfig",
+    "LayerDroppingConfig",
     "MagnitudePruningConfig",
     "MovementPruningConfig",
     "PackedFormatError",

@@ -32,6 +32,7 @@ from hf_approx.inspection import (
     weight_files,
 )
 from hf_approx.packing import PackedFormatError
+from hf_approx.remote_code import LOADER_FILE, loader_files
 from hf_approx.report import REPORT_FILE
 
 ARGUMENTS_FILE = "training_args.json"
@@ -43,6 +44,7 @@ STALE = (
     "model.safetensors.index.json",
     REPORT_FILE,
     ARGUMENTS_FILE,
+    LOADER_FILE,
     "training_args.bin",
     *PICTURES,
 )
@@ -80,9 +82,10 @@ def push_folder(
     """Push a saved model to the Hub in one commit: weights, config, tokenizer or processor, card, report, pictures.
 
     Nothing else that is in the folder is pushed, no pickle above all. A folder without `README.md` gets a card in the
-    repository. Weights that the repository has from earlier pushes and this one does not replace are deleted in the
-    same commit; if another commit comes first, this one is made again on top of it. If the push fails, the branch
-    stays as it was; a repository or branch made for it stays too, with what it started from.
+    repository, and a packed model the file that `trust_remote_code=True` loads it with (see `hf_approx.remote_code`).
+    Weights that the repository has from earlier pushes and this one does not replace are deleted in the same commit;
+    if another commit comes first, this one is made again on top of it. If the push fails, the branch stays as it was;
+    a repository or branch made for it stays too, with what it started from.
 
     Args:
         folder: Written by `save_model` or `save_pretrained`.
@@ -171,7 +174,7 @@ def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
             files[path.name] = str(path)
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()
-    return files
+    return files if packing is None else {**files, **loader_files(folder)}
 
 
 def _push(

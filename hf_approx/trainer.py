@@ -283,7 +283,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         if moved:
             logger.warning(
                 "%.1f %% of the quantized weights left their grid in training and are rounded to it again, which can "
-                "undo what was learned: train quantized models with SmolConfig or UniformQuantizationConfig.",
+                "undo what was learned: train quantized models with FixedPrecisionConfig.",
                 100 * moved / total,
             )
 

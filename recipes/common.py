@@ -15,7 +15,7 @@ from datasets import ClassLabel, DatasetDict, Value, load_dataset
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_approx import AvaGradConfig
+from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.methods import METHODS, MethodConfig
 
 RECIPES = Path(__file__).parent
@@ -46,6 +46,8 @@ class RecipeConfig:
         training: Arguments of `transformers.TrainingArguments`.
         optimizer: Arguments of `AvaGradConfig`, or nothing for the optimizer `training` names.
         approx: Methods in order: each `{method: NAME, ...fields of its config}`.
+        fold: Fold the shared weights afterwards: arguments of `hf_approx.fold` and, for more training after it,
+            `num_train_epochs`.
         store_dtype: Dtype of the stored weights.
         baseline: Also train the dense model, with the same settings.
         card: What the model card says and no trainer can know; see `ApproxTrainer.about`.
@@ -64,6 +66,7 @@ class RecipeConfig:
     training: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     approx: list[dict[str, Any]] = field(default_factory=list)
+    fold: dict[str, Any] | None = None
     store_dtype: str | None = "float16"
     baseline: bool = True
     card: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +143,12 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
     if not config.methods() and not config.baseline:
         raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
     config.avagrad()
+    if config.fold is not None:
+        if not any(isinstance(method, SharingConfig) for method in config.methods()):
+            raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
+        for name in config.fold:
+            if name not in (known := ("threshold", "layers", "space", "num_train_epochs")):
+                raise ConfigError(f"fold: unknown option {name!r}; known: {', '.join(known)}.")
     return config
 
 

@@ -18,6 +18,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedModel,
     TrainingArguments,
     set_seed,
 )
@@ -35,7 +36,7 @@ from common import (
     weight_bytes,
     write_json,
 )
-from hf_approx import ApproxTrainer
+from hf_approx import ApproxTrainer, fold
 from hf_approx.inspection import inspect_checkpoint
 
 
@@ -62,20 +63,23 @@ class Recipe:
             predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
         )
 
-    def trainer(self, name: str, compressed: bool) -> ApproxTrainer:
-        """A trainer of a fresh model, dense or compressed."""
+    def trainer(
+        self, name: str, compressed: bool, model: PreTrainedModel | None = None, **training: Any
+    ) -> ApproxTrainer:
+        """A trainer of the given model or a fresh one, dense or compressed; `training` overrides the config's."""
         config = self.config
         args = TrainingArguments(
             output_dir=str(self.output_dir / f"{name}-checkpoints"),
-            **{"report_to": [], "save_strategy": "no", **config.training},
+            **{"report_to": [], "save_strategy": "no", **config.training, **training},
         )
         set_seed(args.seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.model_path,
-            num_labels=len(self.labels),
-            id2label=dict(enumerate(self.labels)),
-            label2id={label: i for i, label in enumerate(self.labels)},
-        )
+        if model is None:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.model_path,
+                num_labels=len(self.labels),
+                id2label=dict(enumerate(self.labels)),
+                label2id={label: i for i, label in enumerate(self.labels)},
+            )
         trainer = ApproxTrainer(
             model=model,
             args=args,
@@ -94,9 +98,29 @@ class Recipe:
         return trainer
 
     def train(self, name: str, trainer: ApproxTrainer, checkpoint: str | None) -> dict[str, Any]:
-        """Train, save under `name`, and measure: a row of the table, with metric, sparsity, bytes, load time."""
-        folder = self.output_dir / name
+        """Train, save under `name`, and measure."""
         trainer.train(resume_from_checkpoint=checkpoint)
+        return self.measure(name, trainer)
+
+    def fold(self, trainer: ApproxTrainer) -> dict[str, dict[str, Any]]:
+        """Fold the trained model and measure it and, if the config says so, what more training makes of it."""
+        options = dict(self.config.fold or {})
+        epochs = options.pop("num_train_epochs", 0)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        folding = fold(model, **options)
+        loops = "; ".join(f"{stack}: {', '.join(map(str, found))}" for stack, found in folding.loops.items())
+        sizes = f"{folding.parameters_before:,} to {folding.parameters_after:,} parameters"
+        trainer.accelerator.print(f"Folded {sizes}; weights moved by at most {folding.weight_error:.2%}. {loops}")
+        trainer.forget_evaluation()
+        rows = {"folded": self.measure("folded", trainer)}
+        if epochs:
+            tuned = self.trainer("folded-tuned", False, model, num_train_epochs=epochs)
+            rows["folded-tuned"] = self.train("folded-tuned", tuned, None)
+        return rows
+
+    def measure(self, name: str, trainer: ApproxTrainer) -> dict[str, Any]:
+        """Save under `name`: a row of the table, with metric, sparsity, bytes, load time."""
+        folder = self.output_dir / name
         measured = trainer.evaluate()
         trainer.save_model(str(folder))
         row: dict[str, Any] = {
@@ -116,6 +140,7 @@ class Recipe:
             batch.pop("labels")
             # Without the autocast that mixed precision leaves around the trained model.
             model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            row["parameters"] = sum(param.numel() for param in model.parameters())
             row["reloaded_equal"] = same_logits(folder, model, dict(batch))
         return row
 
@@ -169,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, trainer in trainers.items():
         set_seed(trainer.args.seed)
         rows[name] = recipe.train(name, trainer, checkpoints[name] if options.resume else None)
+    if config.fold is not None:
+        rows |= recipe.fold(trainers["compressed"])
     if trainer.is_world_process_zero():
         write_json(recipe.output_dir / "results.json", rows)
         show(rows, recipe.scores)

@@ -131,7 +131,7 @@ SENTENCES = {
     "kept": "Zeros stay zero in training",
     "packed": 'runtime="packed"',
     "bits": "bits on average",
-    "rounds": "use `SmolConfig` or `UniformQuantizationConfig`",
+    "rounds": "use `FixedPrecisionConfig`",
     "others": "Weights that are not quantized are stored in float16",
     "float16": "Weights are stored in float16",
     "shares": "fewer parameters in memory",

@@ -15,9 +15,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from helpers import ROOT, make_trainer
 from hf_approx import MagnitudePruningConfig, attach_packing
 from hf_approx.inspection import inspect_checkpoint
+from hf_approx.remote_code import LOADER_FILE
 from hf_approx.targets import select_modules
 from hub_server import Blob, Hub, Repo
-from models import build
+from models import batch, build
 
 TOKEN = "hf_secretOfMe"
 WEIGHTS = "model.safetensors"
@@ -85,6 +86,45 @@ for name in sys.argv[2:]:
     with torch.no_grad():
         assert torch.equal(model(**batch("bert")).logits, torch.load(sys.argv[1])), name
     assert (model.bert.encoder.layer[0].output.dense.weight == 0).float().mean() > 0.5
+"""
+
+
+TRUST = """
+import sys, torch
+from models import batch
+from transformers import AutoModelForSequenceClassification
+
+assert "hf_approx" not in sys.modules
+model = AutoModelForSequenceClassification.from_pretrained("me/trusted", trust_remote_code=True).eval()
+assert "hf_approx" in sys.modules
+with torch.no_grad():
+    assert torch.equal(model(**batch("bert")).logits, torch.load(sys.argv[1]))
+model.save_pretrained(sys.argv[2])
+again = AutoModelForSequenceClassification.from_pretrained(sys.argv[2]).eval()
+with torch.no_grad():
+    assert torch.equal(again(**batch("bert")).logits, torch.load(sys.argv[1]))
+assert type(again).__module__.startswith("transformers.models")
+assert not hasattr(again.config, "auto_map")
+"""
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "hf_approx":
+            raise ModuleNotFoundError("No module named 'hf_approx'", name=name)
+
+sys.meta_path.insert(0, Missing())
+from transformers import AutoModelForSequenceClassification
+
+for trust, message in ((True, "Run `pip install hf_approx`"), (None, "size mismatch")):
+    try:
+        AutoModelForSequenceClassification.from_pretrained("me/trusted", trust_remote_code=trust)
+    except (ImportError, RuntimeError) as error:
+        assert message in str(error) or "mismatch" in str(error) and not trust, error
+    else:
+        raise AssertionError("loaded")
 """
 
 
@@ -161,6 +201,13 @@ def files(hub, repo, revision="main"):
     return {name: blob.data for name, blob in hub.repos[repo].at(revision).files.items()}
 
 
+def without_loader(files):
+    """The config as it was saved, and not the file that it names."""
+    config = json.loads(files["config.json"])
+    config.pop("auto_map", None)
+    return {**{n: d for n, d in files.items() if n != LOADER_FILE}, "config.json": config}
+
+
 def test_trained_pushed_loaded_elsewhere(hub, run, tmp_path):
     out, err = run(TRAIN, tmp_path, TOKEN)
     told = json.loads(out.splitlines()[-1])
@@ -169,12 +216,12 @@ def test_trained_pushed_loaded_elsewhere(hub, run, tmp_path):
     assert [commit.title for commit in repo.history()] == ["End of training", "initial commit"]
     assert repo.branches["main"] == told["oid"]
     expected = {".gitattributes", "README.md", "approx_report.json", "config.json", "layers.png", WEIGHTS}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "training.png", "training_args.json"}
+    expected |= {"tokenizer.json", "tokenizer_config.json", "training.png", "training_args.json", LOADER_FILE}
     assert set(model) == expected
     assert json.loads(model["config.json"])["quantization_config"]["tensors"]
     size = sum(len(data) for name, data in model.items() if name != ".gitattributes")
     (line,) = [line for line in out.splitlines() if line.startswith("Pushed")]
-    assert line == f"Pushed 9 files, {size:,} bytes: {hub.url}/me/tiny/commit/{told['oid']}"
+    assert line == f"Pushed 10 files, {size:,} bytes: {hub.url}/me/tiny/commit/{told['oid']}"
 
     card = ModelCard(model["README.md"].decode())
     assert card.data.license == "mit"
@@ -200,6 +247,23 @@ def test_trained_pushed_loaded_elsewhere(hub, run, tmp_path):
     run(LOAD, tmp_path / "logits.pt", "me/tiny", "me/plain", token=TOKEN)
 
 
+def test_trusted_code_imports_the_library_or_says_what_to_install(hub, run, cli, folder, tmp_path):
+    assert cli(["push", folder, "me/trusted"], token=TOKEN)[0][0] == 0
+    pushed = files(hub, "me/trusted")
+    assert json.loads(pushed["config.json"])["auto_map"] == {
+        "AutoModelForSequenceClassification": "hf_approx_model.BertForSequenceClassification"
+    }
+    model = BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.save(model(**batch("bert")).logits, tmp_path / "logits.pt")
+    run(TRUST, tmp_path / "logits.pt", tmp_path / "saved")
+    run(WITHOUT)
+    plain = tmp_path / "plain"
+    build("bert").save_pretrained(plain)
+    assert cli(["push", plain, "me/trusted"], token=TOKEN)[0][0] == 0
+    assert LOADER_FILE not in files(hub, "me/trusted")
+
+
 def test_a_cut_connection_and_a_retry(hub, cli, folder):
     hub.cuts = {"PUT /lfs/": 1, "POST .*/commit/": 1}
     puts = len([path for method, path in hub.requests if method == "PUT"])
@@ -211,8 +275,8 @@ def test_a_cut_connection_and_a_retry(hub, cli, folder):
     # The client repeats an upload that was cut; what was uploaded once is not uploaded again.
     assert len([path for method, path in hub.requests if method == "PUT"]) == puts + 2
     assert len(hub.repos["me/cut"].history()) == 2
-    there = files(hub, "me/cut")
-    assert {name: there[name] for name in contents(folder)} == contents(folder)
+    there = without_loader(files(hub, "me/cut"))
+    assert {name: there[name] for name in contents(folder)} == without_loader(contents(folder))
     assert "import hf_approx" in there["README.md"].decode()
     assert not (folder / "README.md").exists()
 
@@ -237,8 +301,9 @@ def test_two_pushes_at_once_leave_one_of_them(hub, start, folder, tmp_path):
     assert len(history) == 3
     assert all(commit.files["notes.md"].data == b"kept" for commit in history)
     weights = [{n: b.data for n, b in c.files.items() if "safetensors" in n or n == "config.json"} for c in history]
+    saved = [{n: d for n, d in contents(source).items() if n != "notes.txt"} for source in sources]
     for commit in weights[:2]:
-        assert commit in [{n: d for n, d in contents(source).items() if n != "notes.txt"} for source in sources]
+        assert without_loader(commit) in [without_loader(each) for each in saved]
     assert weights[0] != weights[1]
 
 

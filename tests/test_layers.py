@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from helpers import assert_same_weights, make_trainer, python, weights
-from hf_approx import PackedFormatError, SparsificationConfig
+from hf_approx import LayerDroppingConfig, PackedFormatError, SparsificationConfig
 from hf_approx.blocks import LISTS, find_blocks, remove_blocks
 from models import batch, build
 
@@ -330,3 +330,29 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing():
     blocks = find_blocks(build("bert"))[0]
     with pytest.raises(ValueError, match="lose all its layers"):
         remove_blocks(build("bert"), blocks, [False, False])
+
+
+@pytest.mark.parametrize(("order", "kept"), [("last", (0, 1)), ("alternate", (0, 2))])
+def test_dropped_layers_are_out_of_the_model_from_the_first_step_on(order, kept, tmp_path):
+    model = deep("bert")
+    expected = outputs(without_layers(model, "bert", kept), "bert")
+    method = LayerDroppingConfig(target_sparsity=0.5, order=order).build()
+    method.attach(model)
+    assert torch.equal(outputs(model, "bert"), expected)
+    method.detach()
+
+    trainer = make_trainer("bert", tmp_path, LayerDroppingConfig(order=order), model)
+    optimizer = trainer.create_optimizer()
+    assert not any(param.shape == (4,) for group in optimizer.param_groups for param in group["params"])
+    trainer.train()
+    assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 2
+    trainer.save_model(tmp_path / "saved")
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"order": "first"}, "order must be"), ({"target_sparsity": 1.5}, "target_sparsity must")]
+)
+def test_bad_layer_dropping_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LayerDroppingConfig(**options)

@@ -122,7 +122,7 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("eval_split=test", "no split 'test'; it has held_out, train"),
         (
             "approx.0.method=magic",
-            "method must be one of sparsification, magnitude, movement, sharing, smol, uniform, got 'magic'",
+            "got 'magic'",
         ),
         ("approx.0.sparsity=0.5", "unknown option 'sparsity'"),
         ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
@@ -134,6 +134,7 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("dataset={python: 'nowhere:load'}", "cannot load 'nowhere:load'"),
         ("approx.0.target_modules=[nowhere]", "No module of BertForSequenceClassification matches"),
         ("store_dtype=int4", "not 'int4'"),
+        ("fold={layers: 1}", "fold: nothing to fold without the method 'sharing'"),
         ("model=package:no_such_package/x", "'no_such_package' is not installed"),
         ("approx.7.method=x", "no place 'approx.7.method'"),
         ("nonsense", "--set needs KEY=VALUE"),
@@ -273,3 +274,20 @@ def test_the_default_config_ends_within_two_points_of_dense(tmp_path):
 def test_a_missing_config_is_one_line(tmp_path, capsys):
     assert text_classification.main(["--config", str(tmp_path / "no.yaml")]) == 2
     assert "Cannot read" in capsys.readouterr().err
+
+
+def test_sharing_and_folding(config, tmp_path):
+    data = yaml.safe_load(config.read_text())
+    data["approx"] = [{"method": "sharing", "templates": 2}]
+    data["fold"] = {"layers": 1, "num_train_epochs": 1}
+    data["baseline"] = False
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    result = launch("--config", path, "--output_dir", tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert list(rows) == ["compressed", "folded", "folded-tuned"]
+    assert rows["folded"]["parameters"] == rows["folded-tuned"]["parameters"] < rows["compressed"]["parameters"]
+    assert rows["folded"]["bytes"] < rows["compressed"]["bytes"]
+    assert all(row["reloaded_equal"] for row in rows.values())
+    assert "encoder.layer: [A] x 2" in result.stdout

@@ -139,6 +139,21 @@ def test_one_fixed_template_is_the_mean_and_ties_all_layers():
     assert all(torch.equal(layer.weight, random.layers[0].weight) for layer in random.layers)
 
 
+@pytest.mark.parametrize(("layers", "templates", "runs"), [(6, 3, [2, 2, 2]), (5, 2, [3, 2]), (3, 3, [1, 1, 1])])
+def test_fixed_templates_are_the_means_of_runs_of_neighbours(layers, templates, runs):
+    model = Stack(layers)
+    own = [layer.weight.detach().clone() for layer in model.layers]
+    attach(model, templates=templates, coefficients="fixed")
+    start = 0
+    for length in runs:
+        mean = torch.stack(own[start : start + length]).mean(0)
+        for layer in model.layers[start : start + length]:
+            torch.testing.assert_close(layer.weight, mean)
+            assert torch.equal(layer.weight, model.layers[start].weight)
+        start += length
+    assert start == layers
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "vit", "resnet"])
 def test_as_many_templates_as_layers_leave_the_function_and_random_ones_train(name):
     model = build(name)
@@ -197,7 +212,7 @@ def test_copies_share_their_own_bank():
         ({"templates": 1.5}, "templates must be"),
         ({"templates": True}, "templates must be"),
         ({"init": "svd"}, "init must be"),
-        ({"coefficients": "fixed"}, "set templates=1"),
+        ({"coefficients": "fixed", "recurrence": 0.1}, "set recurrence=0"),
         ({"coefficients": "free"}, "coefficients must be"),
         ({"recurrence": -1.0}, "recurrence must be"),
         ({"recurrence_warmup": 2.0}, "recurrence_warmup must be"),

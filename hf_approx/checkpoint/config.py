@@ -11,6 +11,8 @@ from hf_approx.packing import PackedFormatError, SparseSpec, TensorSpec, dtype_f
 from hf_approx.structures import check_description
 
 QUANT_METHOD = "hf_approx"
+LOADER = "hf_approx_model"
+"""Module of a pushed repository that imports hf_approx; see `hf_approx.remote_code`."""
 FORMAT_VERSION = 2
 """Version 2 added shared and quantized weights and quantized activations; without them version 1 is still written."""
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
-from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
 from hf_approx.checkpoint.zeros import mask_gradient
 from hf_approx.modules import MAX_DENSITY, SparseLinear
@@ -150,6 +150,10 @@ class ApproxQuantizer(HfQuantizer):
             _replace(model, packed, dense)
         check_loaded(model)
         self.settle(model)
+        own = [ref.startswith(f"{LOADER}.") for ref in (getattr(model.config, "auto_map", None) or {}).values()]
+        if own and all(own) and not model._auto_class:
+            # The file it names is only in that repository.
+            del model.config.auto_map
         return model
 
     def settle(self, model: PreTrainedModel) -> None:

@@ -1,6 +1,8 @@
 """The compression methods, one file each. A new method is a file and a line in `METHODS`."""
 
 from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.dropping import LayerDropping, LayerDroppingConfig
+from hf_approx.methods.fixed_precision import FixedPrecision, FixedPrecisionConfig
 from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
 from hf_approx.methods.sharing import SharingConfig, SoftSharing
@@ -13,8 +15,10 @@ METHODS: dict[str, type[MethodConfig]] = {
     "sparsification": SparsificationConfig,
     "magnitude": MagnitudePruningConfig,
     "movement": MovementPruningConfig,
+    "layer_dropping": LayerDroppingConfig,
     "sharing": SharingConfig,
     "smol": SmolConfig,
+    "fixed_precision": FixedPrecisionConfig,
     "uniform": UniformQuantizationConfig,
 }
 """Config classes by the name a recipe or the command line uses."""
@@ -22,6 +26,10 @@ METHODS: dict[str, type[MethodConfig]] = {
 __all__ = [
     "METHODS",
     "ContinuousSparsification",
+    "FixedPrecision",
+    "FixedPrecisionConfig",
+    "LayerDropping",
+    "LayerDroppingConfig",
     "MagnitudePruning",
     "MagnitudePruningConfig",
     "Method",

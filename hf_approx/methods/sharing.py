@@ -66,7 +66,10 @@ class SharingConfig(MethodConfig):
     )
     coefficients: Literal["trained", "fixed"] = field(
         default="trained",
-        metadata={"help": "'fixed': all one, with a single template: every layer of a bank has the same weight."},
+        metadata={
+            "help": "'fixed': hard tying, as in ALBERT: each template is the weight of a run of neighbouring layers, "
+            "and the coefficients are ones and zeros."
+        },
     )
     coefficient_lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate for the coefficients."})
     recurrence: float = field(
@@ -92,10 +95,8 @@ class SharingConfig(MethodConfig):
                 raise ValueError(f"{where}: {name} must be a finite number >= 0, got {value}.")
         if not 0 <= self.recurrence_warmup <= 1:
             raise ValueError(f"{where}: recurrence_warmup must be from 0 to 1, got {self.recurrence_warmup}.")
-        if self.coefficients == "fixed" and (type(k) is not int or k != 1 or self.recurrence):
-            raise ValueError(
-                f"{where}: coefficients='fixed' gives all layers of a bank one weight: set templates=1, recurrence=0."
-            )
+        if self.coefficients == "fixed" and self.recurrence:
+            raise ValueError(f"{where}: recurrence acts on coefficients, which are fixed: set recurrence=0.")
         if self.groups is not None:
             if not isinstance(self.groups, dict) or not self.groups:
                 raise ValueError(f"{where}: groups must map names of banks to patterns, got {self.groups!r}.")
@@ -192,18 +193,16 @@ class SoftSharing(Method):
         """Templates, and coefficients of shape (layers, templates)."""
         weights = [module.get_parameter("weight").detach() for module in modules]
         fixed = self._config.coefficients == "fixed"
+        runs = tied_runs(len(weights), size) if fixed else torch.empty(0)
         if self._config.init == "random":
             templates = [torch.empty_like(weights[0]) for _ in range(size)]
             # GPT-2's Conv1D keeps its weight as (in, out).
             mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(modules[0], Conv1D) else "fan_in"
             for template in templates:
                 nn.init.kaiming_normal_(template, mode=mode, nonlinearity="relu")
-            if fixed:
-                return templates, torch.ones(len(weights), 1)
-            return templates, nn.init.orthogonal_(torch.empty(len(weights), size))
+            return templates, runs if fixed else nn.init.orthogonal_(torch.empty(len(weights), size))
         if fixed:
-            mean = combine(torch.full((len(weights),), 1 / len(weights)), weights)
-            return [mean], torch.ones(len(weights), 1)
+            return [combine(run / run.sum(), weights) for run in runs.T], runs
         return best_approximation(weights, size)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -304,6 +303,11 @@ def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tenso
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
     return [combine(column, weights) for column in vectors.T], vectors
+
+
+def tied_runs(layers: int, templates: int) -> Tensor:
+    """Coefficients that tie neighbours, as ALBERT's groups: of shape (layers, templates), one 1 in each row."""
+    return torch.eye(templates)[torch.arange(layers) * templates // layers]
 
 
 def combine(factors: Tensor, weights: Sequence[Tensor]) -> Tensor:

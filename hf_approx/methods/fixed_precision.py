@@ -1,0 +1,111 @@
+"""Training a quantized model on with the precisions it has: SMOL's second phase as a run of its own."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hf_approx.checkpoint.quantizer import ApproxQuantizer
+from hf_approx.methods.base import Method, MethodConfig, incoming_weight
+from hf_approx.methods.rounding import GridWeight, baked_grid, reduce
+from hf_approx.packing.grid import Grid
+from hf_approx.targets import matches
+
+
+@dataclass
+class FixedPrecisionConfig(MethodConfig):
+    """Train the rounded weights of a loaded quantized model, straight through; every part keeps its bits.
+
+    Weights that are zero stay zero, and quantized inputs of layers stay as they are.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    train_scale: bool = field(default=True, metadata={"help": "Train the scales too, or keep them."})
+    scale_lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate, for the logarithms of the scales."})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale_lr < math.inf:
+            raise ValueError(f"FixedPrecisionConfig: scale_lr must be a finite number >= 0, got {self.scale_lr}.")
+
+    def build(self) -> "FixedPrecision":
+        """The method this config describes."""
+        return FixedPrecision(self)
+
+
+class FixedPrecision(Method):
+    """See [`FixedPrecisionConfig`]."""
+
+    name = "fixed_precision"
+    quantizes = True
+
+    def __init__(self, config: FixedPrecisionConfig) -> None:
+        super().__init__()
+        self._config = config
+        self._found: dict[str, Grid] = {}
+
+    @property
+    def config(self) -> FixedPrecisionConfig:
+        """The config that built this object."""
+        return self._config
+
+    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules whose weight has a grid; by default all of them."""
+        patterns, quantizer = self._config.target_modules, getattr(model, "hf_quantizer", None)
+        found = quantizer.grids if isinstance(quantizer, ApproxQuantizer) else {}
+        grids = {name.removesuffix(".weight"): grid for name, grid in found.items()}
+        self._found = {
+            name: grid
+            for name, grid in grids.items()
+            if (patterns is None or matches(name, patterns)) and not matches(name, self._config.exclude)
+        }
+        if not self._found:
+            raise ValueError(
+                f"FixedPrecisionConfig: {type(model).__name__} has no quantized weight to train; load a quantized "
+                "model, or quantize with SmolConfig."
+            )
+        return {name: model.get_submodule(name) for name in self._found}
+
+    def parametrization(self, name: str, module: nn.Module) -> GridWeight:
+        """The grid that the weight is on."""
+        grid = self._found[name].to(module.get_parameter("weight").device)
+        return GridWeight(grid.bits.clone(), grid.scale.float(), self._config.train_scale)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The scales, if they are trained."""
+        scales = [cast(GridWeight, p).log_scale for p in self.parametrizations.values()]
+        return [{"params": scales, "lr": self._config.scale_lr}] if self._config.train_scale else []
+
+    def on_step(self, progress: float) -> None:
+        """Nothing changes while training."""
+
+    def settle(self) -> None:
+        """The bits are fixed from the start."""
+
+    def bake(self) -> list[str]:
+        """Leave weights on their grids, which are then in `grids`."""
+        modules, roundings = dict(self.modules), dict(self.parametrizations)
+        names = super().bake()
+        for name, module in modules.items():
+            grid = cast(GridWeight, roundings[name]).grid
+            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), grid)
+        return names
+
+    @property
+    def is_final(self) -> bool:
+        """Always: the bits are fixed from the start."""
+        return True
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Average bits of the weights that are not zero."""
+        kept = spent = 0.0
+        for name, rounding in self.parametrizations.items():
+            bits = cast(GridWeight, rounding).bits
+            counts = reduce((incoming_weight(self.modules[name], rounding) != 0).float(), bits.shape)
+            kept += float(counts.sum())
+            spent += float((counts * bits).sum())
+        return {"bits": spent / max(kept, 1.0)}
