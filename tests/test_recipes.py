@@ -234,7 +234,7 @@ def test_both_splits_share_one_table_of_classes(tmp_path):
         with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([["text", "label"], *[["x", label] for label in labels]])
     files = {split: str(tmp_path / f"{split}.csv") for split in ("train", "eval", "odd")}
-    config = RecipeConfig("m", {"path": "csv", "data_files": files}, ["text"], eval_split="eval")
+    config = RecipeConfig("m", ["text"], dataset={"path": "csv", "data_files": files}, eval_split="eval")
     data = load_data(config)
     assert data["train"]["label"][:] == [0, 1, 2]
     assert data["validation"]["label"][:] == [2, 0]
