@@ -19,12 +19,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, ProgressCallback
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from common import RECIPES, ConfigError, read_config, read_yaml, write_json
 from digits import digits
 from hf_approx.optim import (
     AvaGrad,
+    CompositeOptimizer,
     SearchResult,
     gradient_scale,
     grid_search,
@@ -156,6 +164,21 @@ class Digits:
         }
 
 
+class Gradient(TrainerCallback):
+    """Measures the gradients of a `Trainer`'s last step, without those of masks and precisions."""
+
+    scale = math.nan
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **inputs: Any
+    ) -> None:
+        """The optimizer is gone once training has ended."""
+        if state.global_step >= state.max_steps:
+            optimizer = getattr(inputs["optimizer"], "optimizer", inputs["optimizer"])
+            task = optimizer.optimizers[0] if isinstance(optimizer, CompositeOptimizer) else optimizer
+            self.scale = gradient_scale(task)
+
+
 class Text:
     """The trainings of `text_classification.py`."""
 
@@ -177,9 +200,11 @@ class Text:
         trainer = self.recipe.trainer("sweep", compressed=bool(config.approx))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
+        gradient = Gradient()
+        trainer.add_callback(gradient)
         trainer.train()
         measured = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
-        return {**measured, "gradient": gradient_scale(trainer.optimizer)}
+        return {**measured, "gradient": gradient.scale}
 
 
 @dataclass

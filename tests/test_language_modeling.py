@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -127,20 +125,13 @@ def test_a_pretrained_model_keeps_its_tokenizer(config, tmp_path):
     assert row["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_shared_layers_from_scratch_by_the_command_line(config, tmp_path):
-    code = "from hf_approx.cli import main; main()"
+def test_shared_layers_from_scratch(config, tmp_path):
     options = ["--set", "approx=[{method: sharing, templates: 1, init: random}]", "--set", "baseline=false"]
-    options += ["--recipe", "language_modeling", "--output-dir", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    assert language_modeling.main(["--config", str(config), "--output_dir", str(tmp_path), *options]) == 0
     row = json.loads((tmp_path / "results.json").read_text())["compressed"]
     assert row["reloaded_equal"] is True
-    assert row["bytes"] < 0.75 * row["dense_bytes"]
+    # Two layers of 10,240 weights in half precision become one; the header and the coefficients are small.
+    assert 0 < row["bytes"] - (row["dense_bytes"] - 2 * 10_240) < 4096
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ def test_sweep_of_the_text_recipe(config, tmp_path, approx):
     runs = {(run["optimizer"], run["lr"]): run for run in data["trainings"]}
     assert {lr for name, lr in runs if name == "avagrad"} == {0.01, 0.1, 1.0}
     assert len({run["loss"] for run in runs.values()}) == len(runs)
+    assert all(run["gradient"] > 0 for run in runs.values())
     assert all(0 <= run["accuracy"] <= 1 for run in runs.values())
 
 

@@ -136,10 +136,10 @@ def gradient_scale(optimizer: Optimizer) -> float:
     Raises:
         ValueError: It has taken no step, or remembers no squares.
     """
-    total, count = 0.0, 0
+    total, count, states = 0.0, 0, optimizer.state
     for group in optimizer.param_groups:
         for param in group["params"]:
-            state = optimizer.state.get(param, {})
+            state = states.get(param, {})
             if "exp_avg_sq" not in state:
                 continue
             square: torch.Tensor = state["exp_avg_sq"].double()
