@@ -43,10 +43,10 @@ class Compression(evaluate.Metric):
             features=datasets.Features({}),
         )
 
-    def add(self, **_: Any) -> None:  # type: ignore[override]
+    def add(self, **_: Any) -> None:
         """Nothing: the model is all there is to measure."""
 
-    def add_batch(self, **_: Any) -> None:  # type: ignore[override]
+    def add_batch(self, **_: Any) -> None:
         """Nothing, as `add`."""
 
     def compute(self, *, model: str | Path | PreTrainedModel | None = None, **_: Any) -> dict[str, float] | None:

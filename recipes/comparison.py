@@ -122,7 +122,7 @@ class Comparison(ABC):
         return row
 
 
-def show(rows: dict[str, dict[str, Any]], scores: list[str]) -> None:
+def show(rows: dict[str, dict[str, Any]], scores: Sequence[str]) -> None:
     """Print the table of dense against compressed."""
     table = Table(title="Dense against compressed")
     headers = ("model", *scores, "sparsity", "bits", "bytes on disk", "dense, same dtype", "load", "reloaded equal")
