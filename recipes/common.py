@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import yaml
-from datasets import ClassLabel, DatasetDict, Value, load_dataset
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_dataset
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_approx import AvaGradConfig, SharingConfig
@@ -27,20 +27,15 @@ class ConfigError(ValueError):
     """A recipe's config says something impossible."""
 
 
-@dataclass
-class RecipeConfig:
-    """One YAML file.
+@dataclass(kw_only=True)
+class RunConfig:
+    """What the YAML file of every recipe with a `Trainer` holds.
 
     Attributes:
-        model: Hub id, folder, or `package:NAME/FOLDER` for files inside an installed Python package.
         dataset: Arguments of `datasets.load_dataset`, or `{python: MODULE:FUNCTION, ...}` for a function that
             takes the other entries and returns a `DatasetDict`; the module may be a file beside this one.
-        text_columns: One column, or two for pairs.
-        label_column: Column of class numbers or names.
         train_split: Split to train on.
         eval_split: Split to measure on.
-        metric: A name for `evaluate.load`, or a file beside this one.
-        max_length: Longest input, in tokens.
         max_train_samples: Train on the first so many examples only.
         max_eval_samples: Measure on the first so many examples only.
         training: Arguments of `transformers.TrainingArguments`.
@@ -53,14 +48,9 @@ class RecipeConfig:
         card: What the model card says and no trainer can know; see `ApproxTrainer.about`.
     """
 
-    model: str
     dataset: dict[str, Any]
-    text_columns: list[str]
-    label_column: str = "label"
     train_split: str = "train"
     eval_split: str = "validation"
-    metric: str = "metrics/accuracy.py"
-    max_length: int = 128
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +75,48 @@ class RecipeConfig:
     def avagrad(self) -> AvaGradConfig | None:
         """AvaGrad's settings, if the recipe asks for it."""
         return None if self.optimizer is None else _build(AvaGradConfig, self.optimizer, "optimizer")
+
+    def check(self, *positive: str) -> None:
+        """Raise `ConfigError` for what can be known to be wrong before anything is loaded.
+
+        Args:
+            positive: Options of a subclass that must be positive integers.
+        """
+        for name in self.training:
+            if name not in {f.name for f in fields(TrainingArguments)}:
+                raise ConfigError(f"training: TrainingArguments has no option {name!r}.")
+        for name in (*positive, "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and (value is not None or name in positive):
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        if not self.methods() and not self.baseline:
+            raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
+        self.avagrad()
+        if self.fold is not None:
+            if not any(isinstance(method, SharingConfig) for method in self.methods()):
+                raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
+            for name in self.fold:
+                if name not in (known := ("threshold", "layers", "space", "num_train_epochs")):
+                    raise ConfigError(f"fold: unknown option {name!r}; known: {', '.join(known)}.")
+
+
+@dataclass
+class RecipeConfig(RunConfig):
+    """The YAML file of a text classifier.
+
+    Attributes:
+        model: Hub id, folder, or `package:NAME/FOLDER` for files inside an installed Python package.
+        text_columns: One column, or two for pairs.
+        label_column: Column of class numbers or names.
+        metric: A name for `evaluate.load`, or a file beside this one.
+        max_length: Longest input, in tokens.
+    """
+
+    model: str
+    text_columns: list[str]
+    label_column: str = "label"
+    metric: str = "metrics/accuracy.py"
+    max_length: int = 128
 
 
 class _Loader(yaml.SafeLoader):
@@ -133,22 +165,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeC
     config = read_yaml(RecipeConfig, path, overrides)
     if isinstance(config.text_columns, str):
         config.text_columns = [config.text_columns]
-    for name in config.training:
-        if name not in {f.name for f in fields(TrainingArguments)}:
-            raise ConfigError(f"training: TrainingArguments has no option {name!r}.")
-    for name in ("max_length", "max_train_samples", "max_eval_samples"):
-        value = getattr(config, name)
-        if not (isinstance(value, int) and value > 0) and (value is not None or name == "max_length"):
-            raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-    if not config.methods() and not config.baseline:
-        raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
-    config.avagrad()
-    if config.fold is not None:
-        if not any(isinstance(method, SharingConfig) for method in config.methods()):
-            raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
-        for name in config.fold:
-            if name not in (known := ("threshold", "layers", "space", "num_train_epochs")):
-                raise ConfigError(f"fold: unknown option {name!r}; known: {', '.join(known)}.")
+    config.check("max_length")
     return config
 
 
@@ -178,11 +195,11 @@ def resolve_model(name: str) -> str:
         raise ConfigError(f"model: the package {package!r} is not installed; install hf-approx[demo].") from None
 
 
-def load_data(config: RecipeConfig) -> DatasetDict:
-    """The data set, its labels as class numbers.
+def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
+    """The data set's two splits, as `train` and `validation`; iterable if the config streams.
 
     Raises:
-        ConfigError: A split or column does not exist.
+        ConfigError: A split, or one of the columns, does not exist.
     """
     options = dict(config.dataset)
     if "python" in options:
@@ -197,11 +214,20 @@ def load_data(config: RecipeConfig) -> DatasetDict:
     for split in (config.train_split, config.eval_split):
         if split not in data:
             raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}.")
-    columns = data[config.train_split].column_names
-    for column in (*config.text_columns, config.label_column):
-        if column not in columns:
-            raise ConfigError(f"dataset: no column {column!r}; it has {', '.join(columns)}.")
-    data = DatasetDict(train=data[config.train_split], validation=data[config.eval_split])
+    there = data[config.train_split].column_names or list(next(iter(data[config.train_split])))
+    for column in columns:
+        if column not in there:
+            raise ConfigError(f"dataset: no column {column!r}; it has {', '.join(there)}.")
+    return type(data)({"train": data[config.train_split], "validation": data[config.eval_split]})
+
+
+def load_data(config: RecipeConfig) -> DatasetDict:
+    """The data set, its labels as class numbers.
+
+    Raises:
+        ConfigError: A split or column does not exist.
+    """
+    data = load_splits(config, *config.text_columns, config.label_column)
     if not hasattr(data["train"].features[config.label_column], "names"):
         # One table of classes for both splits: encoded one by one, the same number could mean two classes.
         classes = sorted(map(str, set(data["train"][config.label_column])))
@@ -232,19 +258,19 @@ def weight_bytes(folder: str | Path) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def load_seconds(folder: str | Path, repeats: int = 3) -> float:
-    """Best of several times `from_pretrained` takes."""
+def load_seconds(folder: str | Path, auto: Any, repeats: int = 3) -> float:
+    """Best of several times `from_pretrained` of an `AutoModelFor...` takes."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        AutoModelForSequenceClassification.from_pretrained(folder)
+        auto.from_pretrained(folder)
         times.append(time.perf_counter() - start)
     return min(times)
 
 
-def same_logits(folder: str | Path, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
+def same_logits(folder: str | Path, auto: Any, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
     """Whether the checkpoint computes bit for bit what the model in memory does."""
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    loaded = auto.from_pretrained(folder).eval()
     model.eval()
     with torch.no_grad():
         return torch.equal(loaded(**inputs).logits, model.to("cpu")(**inputs).logits)

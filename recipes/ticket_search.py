@@ -17,15 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
-from common import ConfigError, read_yaml, write_json
+from common import read_yaml, write_json
+from digits import digits
 from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig
 from hf_approx.loops import Ticket, TicketSearch, search_in_parallel
 from resnet20 import ResNet20
-
-VALIDATION = 360
-"""Of the 1,797 digits; the split is the same for every seed."""
 
 
 @dataclass
@@ -94,20 +92,6 @@ class TicketRecipe:
             epochs=self.epochs,
             rewind_epoch=self.rewind_epoch,
         )
-
-
-def digits(device: torch.device) -> tuple[TensorDataset, TensorDataset]:
-    """The digits of scikit-learn as images in [-1, 1], to train and to validate."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError("the digits come with scikit-learn: pip install 'hf-approx[bench]'") from None
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32, device=device)[:, None] / 8 - 1
-    labels = torch.tensor(data.target, device=device)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
-    train, held_out = order[VALIDATION:], order[:VALIDATION]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[held_out], labels[held_out])
 
 
 def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast
 
 import hf_approx  # noqa: F401 - registers the packed format
+import optimizer_sweep
 import text_classification
 import ticket_search
 from common import ConfigError, RecipeConfig, load_data, read_config
@@ -146,6 +147,20 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("approx", ["approx=[]", "approx.0.target_sparsity=0.5"])
+def test_sweep_of_the_text_recipe(config, tmp_path, approx):
+    options = ["--set", f"config={config}", "--set", f"options={json.dumps([approx, 'training.max_steps=2'])}"]
+    options += ["--set", "eps_decades=[-3,-3]", "--set", "lr_decades=[-2,-1]", "--set", "lrs_per_decade=1"]
+    sweep = ROOT / "recipes" / "configs" / "sweep_words.yaml"
+    assert optimizer_sweep.main(["--config", str(sweep), "--output_dir", str(tmp_path), *options]) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    runs = {(run["optimizer"], run["lr"]): run for run in data["trainings"]}
+    assert {lr for name, lr in runs if name == "avagrad"} == {0.01, 0.1, 1.0}
+    assert len({run["loss"] for run in runs.values()}) == len(runs)
+    assert all(run["gradient"] > 0 for run in runs.values())
+    assert all(0 <= run["accuracy"] <= 1 for run in runs.values())
+
+
 TICKETS = ROOT / "recipes" / "configs" / "tickets_digits.yaml"
 SHORT = ["--set", "epochs=1", "--set", "rounds=2", "--set", "rewind_epoch=0"]
 
@@ -220,7 +235,7 @@ def test_both_splits_share_one_table_of_classes(tmp_path):
         with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows([["text", "label"], *[["x", label] for label in labels]])
     files = {split: str(tmp_path / f"{split}.csv") for split in ("train", "eval", "odd")}
-    config = RecipeConfig("m", {"path": "csv", "data_files": files}, ["text"], eval_split="eval")
+    config = RecipeConfig("m", ["text"], dataset={"path": "csv", "data_files": files}, eval_split="eval")
     data = load_data(config)
     assert data["train"]["label"][:] == [0, 1, 2]
     assert data["validation"]["label"][:] == [2, 0]

@@ -1,0 +1,193 @@
+"""Dense and compressed in one run: train both, save both, load both back, and print one table."""
+
+import argparse
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+
+from common import (
+    ConfigError,
+    RunConfig,
+    last_checkpoint,
+    load_seconds,
+    same_logits,
+    weight_bytes,
+    write_json,
+)
+from hf_approx import ApproxTrainer, fold
+from hf_approx.inspection import inspect_checkpoint
+
+
+class Comparison(ABC):
+    """One config at work: data are prepared once, models are trained on demand.
+
+    Attributes:
+        auto: The `AutoModelFor...` that loads what was saved.
+        scores: Names of the numbers that say how good a model is.
+    """
+
+    auto: ClassVar[Any]
+    scores: Sequence[str]
+
+    def __init__(self, config: RunConfig, output_dir: str) -> None:
+        self.config = config
+        self.output_dir = Path(output_dir)
+
+    @abstractmethod
+    def model(self) -> PreTrainedModel:
+        """A fresh model."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, Any]:
+        """What a trainer needs beside the model: data sets, tokenizer, collator."""
+
+    @abstractmethod
+    def scored(self, measured: dict[str, float]) -> dict[str, float]:
+        """The scores, from what `Trainer.evaluate` returned."""
+
+    @abstractmethod
+    def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
+        """A few inputs of the model, to compare logits on."""
+
+    def trainer(
+        self, name: str, compressed: bool, model: PreTrainedModel | None = None, **training: Any
+    ) -> ApproxTrainer:
+        """A trainer of the given model or a fresh one, dense or compressed; `training` overrides the config's."""
+        config = self.config
+        args = TrainingArguments(
+            output_dir=str(self.output_dir / f"{name}-checkpoints"),
+            **{"report_to": [], "save_strategy": "no", **config.training, **training},
+        )
+        set_seed(args.seed)
+        trainer = ApproxTrainer(
+            model=self.model() if model is None else model,
+            args=args,
+            approx=config.methods() if compressed else [],
+            optimizer=config.avagrad(),
+            store_dtype=config.store_dtype,
+            **self.parts(),
+        )
+        trainer.about.update({"dataset_split": config.eval_split, **config.card})
+        return trainer
+
+    def train(self, name: str, trainer: ApproxTrainer, checkpoint: str | None) -> dict[str, Any]:
+        """Train, save under `name`, and measure."""
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return self.measure(name, trainer)
+
+    def fold(self, trainer: ApproxTrainer) -> dict[str, dict[str, Any]]:
+        """Fold the trained model and measure it and, if the config says so, what more training makes of it."""
+        options = dict(self.config.fold or {})
+        epochs = options.pop("num_train_epochs", 0)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        folding = fold(model, **options)
+        loops = "; ".join(f"{stack}: {', '.join(map(str, found))}" for stack, found in folding.loops.items())
+        sizes = f"{folding.parameters_before:,} to {folding.parameters_after:,} parameters"
+        trainer.accelerator.print(f"Folded {sizes}; weights moved by at most {folding.weight_error:.2%}. {loops}")
+        trainer.forget_evaluation()
+        rows = {"folded": self.measure("folded", trainer)}
+        if epochs:
+            tuned = self.trainer("folded-tuned", False, model, num_train_epochs=epochs)
+            rows["folded-tuned"] = self.train("folded-tuned", tuned, None)
+        return rows
+
+    def measure(self, name: str, trainer: ApproxTrainer) -> dict[str, Any]:
+        """Save under `name`: a row of the table, with metric, sparsity, bytes, load time."""
+        folder = self.output_dir / name
+        measured = trainer.evaluate()
+        trainer.save_model(str(folder))
+        row: dict[str, Any] = self.scored({name.removeprefix("eval_"): value for name, value in measured.items()})
+        totals = trainer.approx_report.get("totals", {})
+        row["sparsity"], row["bits"] = totals.get("sparsity", 0.0), totals.get("bits")
+        if trainer.is_world_process_zero():
+            row["bytes"] = weight_bytes(folder)
+            inspection = inspect_checkpoint(folder)
+            # Heads, neurons and layers that are gone are in no file: the dense model would hold them too.
+            removed = sum(method.removed for method in trainer.methods)
+            whole = 1 + removed / sum(math.prod(tensor.shape) for tensor in inspection.rows)
+            row["dense_bytes"], row["bound_bytes"] = round(inspection.dense_bytes * whole), inspection.bound_bytes
+            row["load_seconds"] = load_seconds(folder, self.auto)
+            # Without the autocast that mixed precision leaves around the trained model.
+            model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+            row["parameters"] = sum(param.numel() for param in model.parameters())
+            row["reloaded_equal"] = same_logits(folder, self.auto, model, self.sample(trainer))
+        return row
+
+
+def show(rows: dict[str, dict[str, Any]], scores: Sequence[str]) -> None:
+    """Print the table of dense against compressed."""
+    table = Table(title="Dense against compressed")
+    headers = ("model", *scores, "sparsity", "bits", "bytes on disk", "dense, same dtype", "load", "reloaded equal")
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="left" if i == 0 else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            *(f"{row[score]:.4f}" for score in scores),
+            f"{row['sparsity']:.2%}",
+            "-" if row["bits"] is None else f"{row['bits']:.2f}",
+            f"{row['bytes']:,}",
+            f"{row['dense_bytes']:,}",
+            f"{row['load_seconds']:.2f} s",
+            "yes" if row["reloaded_equal"] else "NO",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def run(
+    make: Callable[[str, list[str], str], Comparison],
+    argv: list[str] | None,
+    name: str,
+    description: str | None,
+    smoke: Sequence[str] = (),
+) -> int:
+    """Run a recipe from the command line.
+
+    Args:
+        make: Makes it from the path of a config, overrides and the output folder.
+        argv: Arguments; None for those of the process.
+        name: Of the recipe; its outputs go to a folder of this name.
+        description: The module's docstring.
+        smoke: Overrides that make it end in seconds.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
+    parser.add_argument("--output_dir", default=f"outputs/{name}", help="where models are saved")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
+    parser.add_argument("--smoke", action="store_true", help=f"a few steps on a little data: {', '.join(smoke)}")
+    options = parser.parse_args(argv)
+    try:
+        overrides = [*(smoke if options.smoke else ()), *(options.set or [])]
+        recipe = make(options.config, overrides, options.output_dir)
+        config = recipe.config
+        names = [name for name, wanted in (("dense", config.baseline), ("compressed", config.approx)) if wanted]
+        # Made before the first training starts, so that a mistake in the second is reported at once.
+        trainers = {name: recipe.trainer(name, compressed=name == "compressed") for name in names}
+        checkpoints = {name: last_checkpoint(trainers[name].args.output_dir) for name in names}
+        if options.resume and not any(checkpoints.values()):
+            raise ConfigError("--resume: there is no checkpoint; set training.save_strategy to write some.")
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = {}
+    for name, trainer in trainers.items():
+        set_seed(trainer.args.seed)
+        rows[name] = recipe.train(name, trainer, checkpoints[name] if options.resume else None)
+    if config.fold is not None:
+        rows |= recipe.fold(trainers["compressed"])
+    if trainer.is_world_process_zero():
+        write_json(recipe.output_dir / "results.json", rows)
+        show(rows, recipe.scores)
+    return 0

@@ -1,0 +1,195 @@
+"""Train a causal language model dense and compressed, save both, load them back, and print one table.
+
+accelerate launch recipes/language_modeling.py --config recipes/configs/lm_docs_sparse80_bits4.yaml
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, ClassVar
+
+import torch
+from datasets import IterableDatasetDict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    default_data_collator,
+)
+
+from common import ConfigError, RunConfig, load_splits, read_yaml, resolve_model
+from comparison import Comparison, run
+from hf_approx import ApproxTrainer
+
+SMOKE = ("max_train_samples=64", "max_eval_samples=8", "training.max_steps=8")
+SHUFFLED_TEXTS = 1000
+"""Texts a stream is shuffled among."""
+
+
+@dataclass
+class LanguageModelConfig(RunConfig):
+    """The YAML file of a language model.
+
+    Attributes:
+        model: Hub id, folder or `package:NAME/FOLDER` of a pretrained model; or, for one from scratch,
+            `{type: llama, ...}` with the options of that configuration.
+        text_column: Column of the texts.
+        tokenizer: Hub id or folder; "bytes" for a token a byte. Default: the model's own.
+        block_size: Tokens of one example; texts are joined, with an end-of-text token after each, and cut into blocks.
+            `max_train_samples` and `max_eval_samples` count blocks.
+    """
+
+    model: str | dict[str, Any]
+    text_column: str = "text"
+    tokenizer: str | None = None
+    block_size: int = 128
+
+
+def read_config(path: str, overrides: list[str] | None = None) -> LanguageModelConfig:
+    """Read the config of a language model, as `read_yaml` does, and check what it holds."""
+    config = read_yaml(LanguageModelConfig, path, overrides)
+    config.check("block_size")
+    if isinstance(config.model, dict):
+        options = dict(config.model)
+        kind = options.pop("type", None)
+        if kind not in CONFIG_MAPPING:
+            raise ConfigError(f"model: type must be one transformers knows, such as gpt2 or llama, got {kind!r}.")
+        known = CONFIG_MAPPING[kind]()
+        for name in options:
+            if not hasattr(known, name):
+                raise ConfigError(f"model: {type(known).__name__} has no option {name!r}.")
+        if config.tokenizer is None:
+            raise ConfigError("tokenizer must be given for a model from scratch: bytes, a Hub id or a folder.")
+    if config.dataset.get("streaming"):
+        if config.training.get("max_steps", -1) <= 0:
+            raise ConfigError("dataset: a stream has no length; set training.max_steps.")
+        if config.max_eval_samples is None:
+            raise ConfigError("dataset: a stream has no length; set max_eval_samples.")
+    return config
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A token for each byte of UTF-8, and one for the end of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+class LanguageModel(Comparison):
+    """A causal language model on one text."""
+
+    auto: ClassVar[Any] = AutoModelForCausalLM
+    config: LanguageModelConfig
+    scores = ("loss", "perplexity")
+
+    def __init__(self, config: LanguageModelConfig, output_dir: str) -> None:
+        super().__init__(config, output_dir)
+        pretrained = None if isinstance(config.model, dict) else resolve_model(config.model)
+        if config.tokenizer == "bytes":
+            self.tokenizer = byte_tokenizer()
+        else:
+            self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or pretrained)
+        # Texts are cut into blocks below; their whole length is no mistake to warn of.
+        self.tokenizer.model_max_length = sys.maxsize
+        self.model_config = self._model_config(pretrained)
+        self.data = self._blocks()
+
+    def _model_config(self, pretrained: str | None) -> Any:
+        size = self.config.block_size
+        if pretrained is not None:
+            config = AutoConfig.from_pretrained(pretrained)
+            vocabulary = config.get_text_config().vocab_size
+            if len(self.tokenizer) > vocabulary:
+                raise ConfigError(f"tokenizer: {len(self.tokenizer)} tokens, but the model knows {vocabulary}.")
+        else:
+            assert isinstance(self.config.model, dict)
+            options = {"vocab_size": len(self.tokenizer), **self.config.model}
+            end = self.tokenizer.eos_token_id
+            config = AutoConfig.for_model(options.pop("type"), bos_token_id=end, eos_token_id=end, **options)
+        longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and size > longest:
+            raise ConfigError(f"block_size: the model has {longest} positions, got {size}.")
+        return config
+
+    def _blocks(self) -> Any:
+        """Both splits as blocks of tokens; a stream stays one."""
+        config = self.config
+        texts = load_splits(config, config.text_column)
+        streaming = isinstance(texts, IterableDatasetDict)
+        if streaming:
+            seed = config.training.get("seed", 42)
+            texts["train"] = texts["train"].shuffle(seed=seed, buffer_size=SHUFFLED_TEXTS)
+        blocks: dict[str, Any] = {}
+        limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
+        for split, limit in limits.items():
+            columns = texts[split].column_names or list(next(iter(texts[split])))
+            data = texts[split].map(self._cut, batched=True, remove_columns=columns)
+            if streaming:
+                blocks[split] = data if limit is None else data.take(limit)
+                continue
+            if not len(data):
+                raise ConfigError(f"dataset: {split} is shorter than one block of {config.block_size} tokens.")
+            blocks[split] = data if limit is None else data.select(range(min(limit, len(data))))
+        return blocks
+
+    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        encoded = self.tokenizer(batch[self.config.text_column], add_special_tokens=False)["input_ids"]
+        tokens = list(chain.from_iterable([*ids, *end] for ids in encoded))
+        size = self.config.block_size
+        blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    def model(self) -> PreTrainedModel:
+        """The pretrained one, or one from scratch."""
+        if isinstance(self.config.model, dict):
+            return self.auto.from_config(self.model_config)
+        return self.auto.from_pretrained(resolve_model(self.config.model))
+
+    def parts(self) -> dict[str, Any]:
+        """Blocks of tokens; perplexity needs no logits."""
+        return {
+            "train_dataset": self.data["train"],
+            "eval_dataset": self.data["validation"],
+            "processing_class": self.tokenizer,
+            "data_collator": default_data_collator,
+        }
+
+    def trainer(
+        self, name: str, compressed: bool, model: PreTrainedModel | None = None, **training: Any
+    ) -> ApproxTrainer:
+        """See `Comparison.trainer`."""
+        return super().trainer(name, compressed, model, **{"prediction_loss_only": True, **training})
+
+    def scored(self, measured: dict[str, float]) -> dict[str, float]:
+        """Mean loss of a token in nats, and its exponential."""
+        loss = measured["loss"]
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+    def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
+        """The first two blocks of the validation split."""
+        return {"input_ids": torch.tensor([block["input_ids"] for block in islice(self.data["validation"], 2)])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; returns the exit code."""
+    return run(
+        lambda path, overrides, folder: LanguageModel(read_config(path, overrides), folder),
+        argv,
+        "language_modeling",
+        __doc__,
+        SMOKE,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

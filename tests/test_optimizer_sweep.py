@@ -1,0 +1,60 @@
+"""The sweep recipe in its smallest form, on digits; on the trainings of the text recipe, see test_recipes.py."""
+
+import json
+
+import pytest
+
+import optimizer_sweep
+from helpers import ROOT
+
+DIGITS = ROOT / "recipes" / "configs" / "sweep_digits.yaml"
+SMALL = ["--set", "eps_decades=[0,2]", "--set", "lrs_per_decade=1", "--set", "epochs=1", "--set", "batch_size=256"]
+
+
+def test_sweep_of_digits(tmp_path, capsys):
+    options = ["--config", str(DIGITS), "--output_dir", str(tmp_path), *SMALL, "--set", "lr_decades=[0,2]"]
+    assert optimizer_sweep.main([*options, "--set", "fixed_lr={adam: 1, avagrad: 1}"]) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["grid"]["adam"]["pairs"] == data["grid"]["avagrad"]["pairs"] == 9
+    assert data["searches"]["avagrad"]["pairs"] == 5
+    # Adam's scaled rates are mostly not on the grid.
+    assert len(data["trainings"]) >= 2 * 9 * 2
+    assert data["gradient"] > 0
+    for name in ("adam", "avagrad"):
+        runs = [run for run in data["trainings"] if run["optimizer"] == name and run["loss"] is not None]
+        pairs = {(run["lr"], run["eps"]) for run in runs}
+        means = {p: sum(r["accuracy"] for r in runs if (r["lr"], r["eps"]) == p) / 2 for p in pairs}
+        on_grid = {p: mean for p, mean in means.items() if p[0] in (1, 10, 100)}
+        assert data["grid"][name]["score"] == pytest.approx(max(on_grid.values()))
+    assert (tmp_path / "planes.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    found = data["searches"]["avagrad"]
+    assert f"AvaGradConfig(lr={found['lr']:g}, eps={found['eps']:g}), from 5 pairs" in printed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eps_decades=[2,-8]", "eps_decades must be two powers of ten, the smaller first"),
+        ("lr_decades=[0.5,1]", "lr_decades must be two powers of ten"),
+        ("lrs_per_decade=0", "lrs_per_decade must be a positive integer"),
+        ("seeds=[]", "seeds must be integers, at least one"),
+        ("task=chess", "task must be digits or text_classification, got 'chess'"),
+        ("config=words_bits4.yaml", "config must be given for text_classification, and only for it"),
+        ("fixed_lr={adam: 0.1}", "fixed_lr needs a positive number for adam and for avagrad"),
+        ("fixed_lr.adam=0", "fixed_lr needs a positive number for adam and for avagrad"),
+        ("metric=bleu", "the task measures accuracy, gradient, loss, not 'bleu'"),
+        ("sedes=[1]", "unknown option 'sedes'"),
+    ],
+)
+def test_a_wrong_sweep_config_is_one_line(tmp_path, capsys, override, message):
+    options = ["--config", str(DIGITS), "--output_dir", str(tmp_path), *SMALL, "--set", "lr_decades=[-1,-1]"]
+    assert optimizer_sweep.main([*options, "--set", "eps_decades=[0,0]", "--set", override]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_config_that_is_nowhere_is_one_line(tmp_path, capsys):
+    options = ["--config", str(DIGITS), "--output_dir", str(tmp_path), "--set", "task=text_classification"]
+    assert optimizer_sweep.main([*options, "--set", "config=nowhere.yaml"]) == 2
+    assert "there is no nowhere.yaml, here or in recipes/configs" in capsys.readouterr().err
