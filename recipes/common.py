@@ -76,12 +76,12 @@ class RecipeConfig:
             name = options.pop("method", None)
             if name not in METHODS:
                 raise ConfigError(f"approx: method must be one of {', '.join(METHODS)}, got {name!r}.")
-            configs.append(_build(METHODS[name], options, f"approx ({name})"))
+            configs.append(build(METHODS[name], options, f"approx ({name})"))
         return configs
 
     def avagrad(self) -> AvaGradConfig | None:
         """AvaGrad's settings, if the recipe asks for it."""
-        return None if self.optimizer is None else _build(AvaGradConfig, self.optimizer, "optimizer")
+        return None if self.optimizer is None else build(AvaGradConfig, self.optimizer, "optimizer")
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,7 +94,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _build(cls: type[T], options: dict[str, Any], where: str) -> T:
+def build(cls: type[T], options: dict[str, Any], where: str) -> T:
+    """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
     known = {f.name: f for f in fields(cast(Any, cls))}
     for name in options:
         if name not in known:
@@ -122,7 +123,7 @@ def read_yaml(cls: type[T], path: str | Path, overrides: list[str] | None = None
         raise ConfigError(f"{path} must hold a mapping of options.")
     for override in overrides or []:
         _override(data, override)
-    return _build(cls, data, str(path))
+    return build(cls, data, str(path))
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
