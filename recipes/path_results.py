@@ -53,7 +53,7 @@ def steps_to(curve: list[dict[str, Any]], target: float, band: str = "trained") 
 
 
 def summarize(results: dict[str, dict[str, Any]], target: float) -> dict[str, dict[str, Any]]:
-    """For every network: parameters, steps to the target and final scores, each a list over the seeds; foldings by seed.
+    """For every network: parameters, steps to the target and final scores, each over the seeds.
 
     Args:
         results: Of every network and seed: `parameters`, `curve`, and `folded` if it shares weights.

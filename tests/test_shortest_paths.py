@@ -175,18 +175,16 @@ def test_the_summary_has_the_last_scores_of_every_seed():
 def test_the_shared_network_is_the_independent_one_with_a_bank():
     config = read_yaml(PathRecipe, CONFIG, SMOKE)
     plain, none = config.network("independent")
-    shared, method = config.network("shared")
+    shared, _ = config.network("shared")
     assert none is None
     assert type(plain) is type(shared) is PathNetwork
     weight = plain.layers[0].conv.weight.numel()
     templates = config.competitors["shared"].sharing["templates"]
     fewer = (config.layers - templates) * weight - config.layers * templates
     assert sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in shared.parameters()) == fewer
-    shared.load_state_dict(
-        {**plain.state_dict(), **{n: t for n, t in shared.state_dict().items() if "conv." in n}}, strict=False
-    )
-    for a, b in zip(plain.layers, shared.layers, strict=True):
-        a.conv.weight.data.copy_(b.conv.weight)
+    plain.load_state_dict({n: t for n, t in shared.state_dict().items() if n in plain.state_dict()}, strict=False)
+    for own, mixed in zip(plain.layers, shared.layers, strict=True):
+        own.conv.weight.data.copy_(mixed.conv.weight)
     x = draw(6, 3, (1, 4))[0]
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(x), shared.eval()(x))
