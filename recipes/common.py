@@ -96,6 +96,8 @@ _Loader.add_implicit_resolver(
 
 def build(cls: type[T], options: dict[str, Any], where: str) -> T:
     """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} must be a mapping of options, got {options!r}.")
     known = {f.name: f for f in fields(cast(Any, cls))}
     for name in options:
         if name not in known:

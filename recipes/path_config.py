@@ -135,18 +135,16 @@ class PathRecipe:
     @property
     def stages(self) -> list[Stage]:
         """The curriculum."""
-        if not self.curriculum:
-            raise ConfigError("curriculum must have a stage.")
-        return [build(Stage, dict(options), f"curriculum {i}") for i, options in enumerate(self.curriculum)]
+        if not isinstance(self.curriculum, list) or not self.curriculum:
+            raise ConfigError("curriculum must be a list of stages.")
+        return [build(Stage, options, f"curriculum {i}") for i, options in enumerate(self.curriculum)]
 
     @property
     def competitors(self) -> dict[str, Competitor]:
         """By name."""
-        if not self.networks:
-            raise ConfigError("networks must have one.")
-        return {
-            name: build(Competitor, dict(options), f"networks.{name}") for name, options in dict(self.networks).items()
-        }
+        if not isinstance(self.networks, dict) or not self.networks:
+            raise ConfigError("networks must map names to options.")
+        return {name: build(Competitor, options, f"networks.{name}") for name, options in dict(self.networks).items()}
 
     def network(self, name: str) -> tuple[PathNetwork, Method | None]:
         """A fresh network, and the method at work on it."""

@@ -16,6 +16,7 @@ from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from common import read_yaml, write_json
 from hf_approx import fold, layer_similarity
@@ -46,7 +47,7 @@ class Experiment:
         return {name: scores(model, *data, self.accelerator.device) for name, data in self.held_out.items()}
 
     def train(self, name: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """Train one network; returns it with its learning curve."""
+        """Train one network, its learning rates falling to zero along a cosine; returns it with its learning curve."""
         config, accelerator = self.config, self.accelerator
         set_seed(seed)
         model, method = config.network(name)
@@ -54,9 +55,10 @@ class Experiment:
         own = {id(param) for group in groups for param in group["params"]}
         weights = config.competitors[name].optimizer([p for p in model.parameters() if id(p) not in own])
         optimizer = CompositeOptimizer(weights, *([Adam(groups)] if groups else []))
+        total = sum(stage.steps for stage in config.stages)
+        scheduler = CosineAnnealingLR(optimizer, total)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         generator = torch.Generator().manual_seed(seed * accelerator.num_processes + accelerator.process_index)
-        total = sum(stage.steps for stage in config.stages)
         bar = tqdm(total=total, desc=f"{name}, seed {seed}", disable=not accelerator.is_local_main_process)
         step = 0
         curve: list[dict[str, Any]] = []
@@ -74,6 +76,7 @@ class Experiment:
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
+                scheduler.step()
                 step += 1
                 bar.update()
                 if step % config.evaluate_every == 0 or step == total:
