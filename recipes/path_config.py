@@ -1,6 +1,6 @@
 """What a comparison of networks on shortest paths can be told, and the networks it compares."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,10 +72,13 @@ class Competitor:
         return AvaGrad(params, **build(AvaGradConfig, self.avagrad, "avagrad").kwargs())
 
     def method(self) -> Method | None:
-        """Soft sharing, in one bank and from scratch unless the config says otherwise."""
+        """Soft sharing, all layers in one bank, from scratch."""
         if self.sharing is None:
             return None
-        return build(SharingConfig, {"groups": GROUPS, "init": "random", **self.sharing}, "sharing").build()
+        config = build(SharingConfig, self.sharing, "sharing")
+        if config.groups is not None or config.target_modules is not None:
+            raise ValueError("sharing: all layers have one bank; leave out groups and target_modules.")
+        return replace(config, groups=GROUPS, init="random").build()
 
 
 @dataclass

@@ -6,6 +6,7 @@ accelerate launch recipes/shortest_paths.py --config recipes/configs/shortest_pa
 import argparse
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ class Experiment:
         optimizer = CompositeOptimizer(weights, *([Adam(groups)] if groups else []))
         total = sum(stage.steps for stage in config.stages)
         scheduler = CosineAnnealingLR(optimizer, total)
+        # The order in which convolutions of few channels are fastest.
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         prepared, optimizer = accelerator.prepare(model, optimizer)
         generator = torch.Generator().manual_seed(seed * accelerator.num_processes + accelerator.process_index)
         bar = tqdm(total=total, desc=f"{name}, seed {seed}", disable=not accelerator.is_local_main_process)
@@ -100,18 +103,20 @@ class Experiment:
         loops = {stack: ", ".join(map(str, found)) for stack, found in report.loops.items()}
         return {"loops": loops["layers"], "parameters": report.parameters_after, **self.evaluate(folded)}
 
-    def run(self) -> dict[str, dict[str, Any]]:
-        """For every network and every seed: parameters, learning curve, and similarity and folding if it shares."""
+    def run(self) -> Iterator[dict[str, dict[str, Any]]]:
+        """After every training, what there is so far: results by network and seed.
+
+        Each has `parameters` and `curve`; networks that share weights also `similarity` and `folded`.
+        """
         results: dict[str, dict[str, Any]] = {}
         for name, competitor in self.config.competitors.items():
-            results[name] = {}
             for seed in self.config.seeds:
                 model, result = self.train(name, seed)
                 if competitor.sharing is not None:
                     result["similarity"] = layer_similarity(model, "weights")["layers"].tolist()
                     result["folded"] = self.folding(model)
-                results[name][str(seed)] = result
-        return results
+                results.setdefault(name, {})[str(seed)] = result
+                yield results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,12 +134,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = experiment.run()
-    if experiment.accelerator.is_main_process:
+    for results in experiment.run():
         rows = summarize(results, config.target_f1)
-        if options.output_dir is not None:
+        if options.output_dir is not None and experiment.accelerator.is_main_process:
             everything = {"config": asdict(config), "summary": rows, "runs": results}
             write_json(options.output_dir / "results.json", everything)
+    if experiment.accelerator.is_main_process:
+        if options.output_dir is not None:
             write_plots(results, config.target_f1, options.output_dir)
         show(rows, config.target_f1)
     return 0

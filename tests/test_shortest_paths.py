@@ -237,6 +237,7 @@ def test_the_recipe_in_seconds(tmp_path, processes):
         ("networks.shared.avagrad={lr: 0.1}", "networks.shared: give lr or avagrad, and not both"),
         ("networks.shared.sharing.templates=99", "templates=99 is more than the 4 layers"),
         ("networks.shared.sharing.tempates=2", "networks.shared: sharing: unknown option 'tempates'"),
+        ("networks.shared.sharing.groups={a: x}", "networks.shared: sharing: all layers have one bank"),
         ("networks.independent=dense", "networks.independent must be a mapping of options, got 'dense'"),
         ("seeds=[a]", "seeds must be whole numbers"),
         ("target_f1=2", "target_f1 is out of range: 2"),
