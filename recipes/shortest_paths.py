@@ -59,7 +59,7 @@ class Experiment:
         total = sum(stage.steps for stage in config.stages)
         scheduler = CosineAnnealingLR(optimizer, total)
         # The order in which convolutions of few channels are fastest.
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
         prepared, optimizer = accelerator.prepare(model, optimizer)
         generator = torch.Generator().manual_seed(seed * accelerator.num_processes + accelerator.process_index)
         bar = tqdm(total=total, desc=f"{name}, seed {seed}", disable=not accelerator.is_local_main_process)
