@@ -1,5 +1,6 @@
 """Random grids with obstacles, and the cells on the shortest paths between two points: data of any amount."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +31,13 @@ class GridPaths:
         if len(self.obstacles) != 2 or not 0 <= self.obstacles[0] <= self.obstacles[1] < 1:
             raise ValueError(f"obstacles must be two rising probabilities below 1, got {self.obstacles!r}.")
 
-    def check(self, distances: tuple[int, int]) -> None:
+    def check(self, distances: Sequence[int]) -> None:
         """Raise `ValueError` for a band of distances that grids of this size do not have."""
         far = 2 * (self.size - 1)
         if len(distances) != 2 or not 1 <= distances[0] <= distances[1] <= far:
             raise ValueError(f"distances must be two rising numbers from 1 to {far}, got {list(distances)}.")
 
-    def draw(self, count: int, distances: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, count: int, distances: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Examples whose points are connected.
 
         Args:

@@ -51,11 +51,13 @@ class Competitor:
         lr: Learning rate of Adam for the weights.
         avagrad: Arguments of `AvaGradConfig`, to train the weights by AvaGrad instead.
         sharing: Arguments of `SharingConfig`; None: every layer has a weight of its own.
+        width: Channels of every layer; None: as all others.
     """
 
     lr: float | None = None
     avagrad: dict[str, Any] | None = None
     sharing: dict[str, Any] | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         if (self.lr is None) == (self.avagrad is None):
@@ -151,7 +153,9 @@ class PathRecipe:
 
     def network(self, name: str) -> tuple[PathNetwork, Method | None]:
         """A fresh network, and the method at work on it."""
-        model, method = PathNetwork(self.width, self.layers), self.competitors[name].method()
+        competitor = self.competitors[name]
+        width = self.width if competitor.width is None else competitor.width
+        model, method = PathNetwork(width, self.layers), competitor.method()
         if method is not None:
             method.attach(model)
         return model, method

@@ -28,6 +28,12 @@ from path_results import scores, show, summarize, write_plots
 HELD_OUT = 2**32
 """Seed of the held-out grids; those of trainings are smaller."""
 
+RENORM = HELD_OUT + 1
+"""Seed of the grids on which norms are set right after folding."""
+
+RENORM_BATCHES = 50
+"""As many, at the norms' momentum of 0.1, leave nothing of the statistics before."""
+
 CHUNK = 16
 """Batches that are drawn at once."""
 
@@ -97,9 +103,19 @@ class Experiment:
         return binary_cross_entropy_with_logits(model(inputs.to(device)), targets.to(device), pos_weight=weight)
 
     def folding(self, model: nn.Module) -> dict[str, Any]:
-        """Which loops folding finds, and what the folded network still does."""
+        """Which loops folding finds, and what the folded network still does once its norms have seen new data.
+
+        The statistics of the norms are those of the weights before folding; no weight is trained after it.
+        """
+        config = self.config
         folded = copy.deepcopy(model)
-        report = fold(folded, self.config.fold_threshold)
+        report = fold(folded, config.fold_threshold)
+        folded.train()
+        generator = torch.Generator().manual_seed(RENORM)
+        inputs, _ = config.grids.draw(RENORM_BATCHES * config.batch_size, config.stages[-1].distances, generator)
+        with torch.no_grad():
+            for batch in inputs.to(self.accelerator.device).split(config.batch_size):
+                folded(batch)
         loops = {stack: ", ".join(map(str, found)) for stack, found in report.loops.items()}
         return {"loops": loops["layers"], "parameters": report.parameters_after, **self.evaluate(folded)}
 

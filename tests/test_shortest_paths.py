@@ -190,6 +190,12 @@ def test_the_shared_network_is_the_independent_one_with_a_bank():
         torch.testing.assert_close(plain.eval()(x), shared.eval()(x))
 
 
+def test_a_network_may_have_a_width_of_its_own():
+    config = read_yaml(PathRecipe, CONFIG, [*SMOKE, "networks.narrow={lr: 0.1, width: 3}"])
+    assert config.network("narrow")[0].layers[1].conv.weight.shape == (3, 3, 3, 3)
+    assert config.network("independent")[0].layers[1].conv.weight.shape == (4, 4, 3, 3)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_recipe_in_seconds(tmp_path, processes):
     accelerate = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
@@ -205,12 +211,13 @@ def test_the_recipe_in_seconds(tmp_path, processes):
     )
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "results.json").read_text())
-    assert set(found["runs"]) == {"independent", "shared"}
+    assert list(found["runs"]) == list(read_yaml(PathRecipe, CONFIG).networks)
     for name, runs in found["runs"].items():
         assert list(runs) == ["0", "1"]
         assert f"| {name}" in result.stdout
         assert all([entry["step"] for entry in run["curve"]] == [2, 4] for run in runs.values())
         assert f"{runs['0']['parameters']:,}" in result.stdout
+    assert "similarity" not in found["runs"]["independent"]["0"]
     for run in found["runs"]["shared"].values():
         similarity = torch.tensor(run["similarity"])
         assert similarity.shape == (4, 4)
