@@ -69,12 +69,12 @@ class RunConfig:
             name = options.pop("method", None)
             if name not in METHODS:
                 raise ConfigError(f"approx: method must be one of {', '.join(METHODS)}, got {name!r}.")
-            configs.append(_build(METHODS[name], options, f"approx ({name})"))
+            configs.append(build(METHODS[name], options, f"approx ({name})"))
         return configs
 
     def avagrad(self) -> AvaGradConfig | None:
         """AvaGrad's settings, if the recipe asks for it."""
-        return None if self.optimizer is None else _build(AvaGradConfig, self.optimizer, "optimizer")
+        return None if self.optimizer is None else build(AvaGradConfig, self.optimizer, "optimizer")
 
     def check(self, *positive: str) -> None:
         """Raise `ConfigError` for what can be known to be wrong before anything is loaded.
@@ -129,7 +129,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _build(cls: type[T], options: dict[str, Any], where: str) -> T:
+def build(cls: type[T], options: dict[str, Any], where: str) -> T:
+    """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} must be a mapping of options, got {options!r}.")
     known = {f.name: f for f in fields(cast(Any, cls))}
     for name in options:
         if name not in known:
@@ -157,7 +160,7 @@ def read_yaml(cls: type[T], path: str | Path, overrides: list[str] | None = None
         raise ConfigError(f"{path} must hold a mapping of options.")
     for override in overrides or []:
         _override(data, override)
-    return _build(cls, data, str(path))
+    return build(cls, data, str(path))
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
