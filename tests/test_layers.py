@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from test_structures import EXTRA, LOAD_ALL, make, outputs
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -13,6 +12,7 @@ from helpers import assert_same_weights, make_trainer, python, weights
 from hf_approx import LayerDroppingConfig, PackedFormatError, SparsificationConfig
 from hf_approx.blocks import LISTS, find_blocks, remove_blocks
 from models import batch, build
+from test_structures import EXTRA, LOAD_ALL, make, outputs
 
 KEPT = (1, 3)
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from test_trainer import assert_close_weights, no_dropout
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import TrainerCallback
@@ -17,6 +16,7 @@ from hf_approx.methods.precision import precision
 from hf_approx.methods.rounding import expand
 from hf_approx.packing.grid import round_to_grid
 from models import build
+from test_trainer import assert_close_weights, no_dropout
 
 
 def smol_on(layer, **options):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_trainer import assert_close_weights, no_dropout
 from torch import nn
 
 from helpers import assert_resumes_after_crash, make_trainer
 from hf_approx import UniformQuantizationConfig
 from hf_approx.packing.grid import round_to_grid
 from models import build
+from test_trainer import assert_close_weights, no_dropout
 
 
 def assert_on_grids(trainer):
