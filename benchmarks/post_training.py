@@ -1,4 +1,4 @@
-"""Quantize a trained classifier without training it: SMOL calibrated on a few examples against rounding to the nearest.
+"""Quantize a trained classifier without training it: calibrated SMOL against rounding to the nearest.
 
 python benchmarks/post_training.py OUTPUT/dense --config recipes/configs/words_bits4.yaml --bits 4 3 2 --seeds 0 1 2
 """
@@ -8,14 +8,15 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 import hf_approx
-from hf_approx.loops import calibrate
+from hf_approx.loops import Fidelity, calibrate, round_weights
+from hf_approx.loops.calibration import STEPS
 from hf_approx.methods import SmolConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
@@ -42,22 +43,23 @@ def saved_bytes(model: PreTrainedModel, names: list[str], grids: dict[str, Any])
         return weight_bytes(folder)
 
 
-def spread(values: list[float], digits: int = 4) -> str:
+def spread(values: list[float]) -> str:
     """Mean and sample standard deviation; one value stands alone."""
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a trained classifier")
-    parser.add_argument("--config", type=Path, required=True, help="config of recipes/text_classification.py: the data")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="config of recipes/text_classification.py: the data"
+    )
     parser.add_argument("--bits", type=float, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of examples, their order and noise")
     parser.add_argument("--samples", type=int, default=256, help="examples to calibrate on")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--smol", default="", help="options of SmolConfig, for experiments: NAME=VALUE,...")
     options = parser.parse_args()
     config = read_config(options.config)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -73,8 +75,6 @@ def main() -> None:
     )
     collate = DataCollatorWithPadding(tokenizer)
     validation = DataLoader(data["validation"], batch_size=128, collate_fn=collate)
-    chosen = dict(pair.split("=") for pair in options.smol.split(",") if pair)
-    extra = {k: v if k in ("noise", "limit_init", "granularity", "scale_granularity") else float(v) for k, v in chosen.items()}
 
     def load() -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(options.model).eval()
@@ -84,11 +84,9 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     print(f"| dense | {accuracy(dense, validation):.4f} | 0 | 1 | {weight_bytes(options.model):,} |", flush=True)
     for bits in options.bits:
-        model = load()
-        method = SmolConfig(target_bits=bits).build()
-        method.attach(model)
-        size = saved_bytes(model, method.finalize(), method.grids)
-        rounded, rows = accuracy(model.eval(), validation), []
+        model, rows = load(), []
+        rounding = round_weights(model, SmolConfig(target_bits=bits))
+        size, rounded = saved_bytes(model, rounding.names, rounding.grids), accuracy(model, validation)
         for seed in options.seeds:
             model = load()
             generator = torch.Generator().manual_seed(seed)
@@ -97,15 +95,16 @@ def main() -> None:
             loader = DataLoader(
                 inputs, batch_size=options.batch_size, shuffle=True, collate_fn=collate, generator=generator
             )
-            smol = SmolConfig(target_bits=bits, seed=seed, **extra)
+            smol = SmolConfig(target_bits=bits, seed=seed)
             result = calibrate(model, loader, smol, options.steps, validation)
-            rows.append((result, saved_bytes(model, result.names, result.grids), accuracy(model, validation)))
-        first = rows[0][0].rounded
-        print(f"| rounded, {bits:g} bits | {rounded:.4f} | {first.loss:.4f} | {first.agreement:.4f} | {size:,} |")
-        losses, equal = ([getattr(r.calibrated, name) for r, _, _ in rows] for name in ("loss", "agreement"))
+            before, after = cast(Fidelity, result.rounded), cast(Fidelity, result.calibrated)
+            size_after = saved_bytes(model, result.names, result.grids)
+            rows.append((accuracy(model, validation), after.loss, cast(float, after.agreement), size_after))
+        print(f"| rounded, {bits:g} bits | {rounded:.4f} | {before.loss:.4f} | {before.agreement:.4f} | {size:,} |")
+        accuracies, losses, equal, sizes = (list(column) for column in zip(*rows, strict=True))
         print(
-            f"| calibrated, {mean(r.bits for r, _, _ in rows):.2f} bits | {spread([a for _, _, a in rows])} "
-            f"| {spread(losses)} | {spread(equal)} | {mean(b for _, b, _ in rows):,.0f} |",
+            f"| calibrated, {bits:g} bits | {spread(accuracies)} | {spread(losses)} | {spread(equal)} "
+            f"| {mean(sizes):,.0f} |",
             flush=True,
         )
 

@@ -12,13 +12,16 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from hf_approx.loops.distillation import Fidelity, Outputs
 from hf_approx.methods import Smol, SmolConfig
 from hf_approx.packing import Grid
+
+STEPS = 200
+"""Default length of the calibration."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def calibrate(
     model: PreTrainedModel,
     loader: DataLoader[Any],
     config: SmolConfig | None = None,
-    steps: int = 200,
+    steps: int = STEPS,
     held_out: DataLoader[Any] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Calibration:
@@ -91,6 +94,25 @@ def calibrate(
         bits = method.metrics()["bits"]
         names = method.finalize()
     return Calibration(names, method.grids, bits, rounded, calibrated)
+
+
+def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> Calibration:
+    """Round a trained model's weights to the nearest, with the scales that fit best and without any data.
+
+    All parts get as many bits; of a target between two precisions some get more than others, whichever they are.
+
+    Args:
+        model: Changed in place, as by `calibrate`.
+        config: Of the method.
+
+    Raises:
+        ValueError: The config does not fit the model, which is then unchanged.
+    """
+    method = replace(config or SmolConfig(), activations=False).build()
+    method.attach(model)
+    method.settle()
+    bits = method.metrics()["bits"]
+    return Calibration(method.finalize(), method.grids, bits, None, None)
 
 
 @contextmanager

@@ -54,9 +54,7 @@ class Outputs:
         output = model(**batch)
         value = getattr(output, "logits", None)
         numbers = not isinstance(value, Tensor) or value.shape[-1] == 1 or self._problem == "regression"
-        self._kind = (
-            "numbers" if numbers else "labels" if self._problem == "multi_label_classification" else "classes"
-        )
+        self._kind = "numbers" if numbers else "labels" if self._problem == "multi_label_classification" else "classes"
         if not isinstance(value, Tensor):
             value = getattr(output, "last_hidden_state", None)
         if not isinstance(value, Tensor):
