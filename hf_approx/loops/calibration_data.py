@@ -13,6 +13,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """What `datasets` calls the kind of a file, by its ending."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+"""Files of which a tokenizer has at least one."""
 HELD_OUT = 4
 """One in so many examples is held out."""
 
@@ -49,9 +51,9 @@ def calibration_batches(
         ValueError: The model, the file or the folder is of no use.
         ModuleNotFoundError: What reads the file is not installed.
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size), ("max_length", max_length)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+    for name, value, least in (("samples", samples, 2), ("batch_size", batch_size, 1), ("max_length", max_length, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
     if not source.exists():
         raise ValueError(f"'{source}' does not exist.")
     kind = model.main_input_name
@@ -60,13 +62,14 @@ def calibration_batches(
             f"{type(model).__name__} is no model of text alone or of images: call hf_approx.loops.calibrate with "
             "batches of your own."
         )
+    collate: Callable[[Any], Any]
     examples: Sequence[Any]
     if kind == "input_ids":
         collate, examples = _tokenizing(model, folder, max_length), read_texts(source, column)
     else:
         collate, examples = _processing(model, folder), find_images(source)
     if len(examples) < 2:
-        raise ValueError(f"'{source}' has {len(examples)} examples; calibration needs at least two.")
+        raise ValueError(f"'{source}' has one example only; calibration needs at least two.")
     examples = random.Random(seed).sample(examples, min(samples, len(examples)))
     held_out = max(len(examples) // HELD_OUT, 1)
     order = torch.Generator().manual_seed(seed)
@@ -131,10 +134,10 @@ def find_images(source: Path) -> list[Path]:
 
 
 def _tokenizing(model: PreTrainedModel, folder: Path, max_length: int) -> Callable[[list[str]], Any]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"'{folder}' has no tokenizer; save it there with tokenizer.save_pretrained.") from None
+    # Without any file transformers makes up a tokenizer that knows no word.
+    if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
+        raise ValueError(f"'{folder}' has no tokenizer; save it there with tokenizer.save_pretrained.")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         # Padding is masked and not compared, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
