@@ -136,14 +136,12 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _dense(method: Smol) -> Iterator[None]:
     """Within, the model computes with its own weights and inputs."""
     makers = [*method.parametrizations.values(), *method.activations.values()]
-    noisy = [maker.training for maker in makers]
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for maker in makers:
+            stack.enter_context(maker.register_forward_hook(lambda _, args, output: args[0]))
+            stack.callback(maker.train, maker.training)
             maker.eval()
-            hooks.enter_context(maker.register_forward_hook(lambda _, args, output: args[0]))
         yield
-    for maker, mode in zip(makers, noisy, strict=True):
-        maker.train(mode)
 
 
 def _train(
