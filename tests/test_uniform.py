@@ -54,9 +54,12 @@ def test_rounding_after_training_rounds_the_best_model(tmp_path, caplog):
         approx=UniformQuantizationConfig(bits=4, mode="round"),
         eval_dataset=dataset("bert", 8, seed=1),
         load_best_model_at_end=True,
-        learning_rate=0.1,
+        metric_for_best_model="score",
+        greater_is_better=True,
         **options,
     )
+    worsening = iter(range(100, 0, -1))
+    trainer.compute_metrics = lambda prediction: {"score": float(next(worsening))}
     method = trainer.methods[0]
     assert not method.is_final
     trainer.train()
