@@ -18,10 +18,13 @@ from hf_approx.checkpoint import attach_packing
 from hf_approx.exports import check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_repo, push_folder
 from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
+from hf_approx.loops.calibration_data import calibration_batches
+from hf_approx.methods import SmolConfig
 from hf_approx.plots import plot_layers
 
 app = typer.Typer(
-    help="Sparsify Hugging Face models and ship them small.",
+    help="Sparsify and quantize Hugging Face models and ship them small.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,8 +63,31 @@ def compress(
     source: Source,
     output: Output,
     store_dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    bits: Annotated[
+        float | None, typer.Option(help="Quantize to so many bits a weight, on average.", show_default=False)
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --bits: what to learn precisions from. A file of texts (.txt, .csv, .json, .jsonl, .parquet) "
+            "or, for a model of images, a folder of them.",
+            show_default=False,
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Of the texts in a file with columns.")] = "text",
+    samples: Annotated[int, typer.Option(help="Examples to use; a quarter of them only measures.")] = 256,
+    steps: Annotated[int, typer.Option(help="Of the calibration.")] = STEPS,
+    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, at most.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the examples, their order and the noise.")] = 0,
 ) -> None:
-    """Write a trained model whose weights contain zeros as a packed checkpoint."""
+    """Write a trained model as a packed checkpoint: its zeros packed and, with --bits, its weights quantized.
+
+    Nothing is trained but precisions and scales, on the examples of --calibration: no labels are needed. With --bits
+    alone weights are rounded to the nearest.
+    """
+    if calibration is not None and bits is None:
+        raise ValueError("--calibration says how to quantize: give --bits too.")
     check_output(output)
     folder = find_checkpoint(source, everything=True)
     packing = read_packing(folder)
@@ -69,11 +95,23 @@ def compress(
         state = "a checkpoint of unfinished training" if packing.training else "packed already"
         raise ValueError(f"'{source}' is {state}.")
     model = load_model(folder)
-    matrices = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
-    if not attach_packing(model, matrices, store_dtype):
+    before = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    names = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
+    result = None
+    if bits is not None:
+        config = SmolConfig(target_bits=bits, seed=seed)
+        if calibration is None:
+            result = round_weights(model, config)
+        else:
+            batches = calibration_batches(model, folder, calibration, column, samples, batch_size, max_length, seed)
+            result = calibrate(model, batches[0], config, steps, held_out=batches[1])
+    grids = {} if result is None else result.grids
+    if not attach_packing(model, names, store_dtype, grids):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
     write_model(model, folder, output)
     _show(inspect_checkpoint(output), brief=True)
+    if result is not None:
+        _tell(result, before, inspect_checkpoint(output).bytes)
 
 
 @app.command()
@@ -185,6 +223,19 @@ def _show(result: Inspection, brief: bool = False) -> None:
         histogram = Table(*map(str, range(len(result.histogram))))
         histogram.add_row(*(f"{count / weights:.2%}" for count in result.histogram))
         console.print(histogram)
+
+
+def _tell(result: Calibration, before: int, after: int) -> None:
+    """What quantizing did to size and outputs."""
+    print(f"{result.bits:.2f} bits a quantized weight on average; {before:,} bytes of weights before, {after:,} now.")
+    if result.rounded is None or result.calibrated is None:
+        print("Weights were rounded to the nearest. --calibration FILE would learn which ones need more bits.")
+        return
+    table = Table("on held-out examples", "distance from dense outputs", "predictions as dense")
+    for name, fidelity in (("rounded to the nearest", result.rounded), ("calibrated", result.calibrated)):
+        agreement = "-" if fidelity.agreement is None else f"{fidelity.agreement:.2%}"
+        table.add_row(name, f"{fidelity.loss:.4g}", agreement)
+    Console().print(table)
 
 
 def _stored_as(row: Row) -> str:

@@ -240,7 +240,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         trainer = cast(Trainer, self)
         names = list(self._repack)
         if not self._finalized:
-            if not all(method.is_final for method in self.methods):
+            if not all(method.is_final or method.after_training for method in self.methods):
                 logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
                 for method in self.methods:
                     method.settle()

@@ -35,7 +35,7 @@ class CheckpointMixin(HubMixin):
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
-        if not all(method.is_final for method in self.methods):
+        if not all(method.is_final or method.after_training for method in self.methods):
             return False
         return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
 

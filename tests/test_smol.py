@@ -164,6 +164,34 @@ def test_a_target_that_whole_parts_cannot_meet_is_refused_and_changes_nothing():
     assert not any(parametrize.is_parametrized(m) for m in model)
 
 
+def test_a_budget_that_zeros_put_out_of_reach_is_warned_of(caplog):
+    """Parts of 32 and 64 weights average 7 / 3 or 8 / 3 bits, never 2.5, which two of 64 could."""
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    model[0].weight.data[:, ::2] = 0
+    method = SmolConfig(target_modules=["0", "1"], target_bits=2.5, granularity="tensor").build()
+    method.attach(model)
+    method.settle()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"SmolConfig: the precisions of 2 parts average {method.metrics()['bits']:.3f} bits instead of 2.5; choose a "
+        "finer granularity than 'tensor' or that target."
+    ]
+
+
+def test_stored_weights_are_clipped_to_the_range_of_their_precision_unless_frozen():
+    for trains in (True, False):
+        layer = nn.Linear(64, 4, bias=False)
+        layer.weight.data[0, 0] = 50.0
+        method = smol_on(layer, target_bits=3.0, train_weights=trains)
+        method.on_step(0.0)
+        stored = layer.parametrizations.weight.original
+        bound = float(method.noises[0].bound().max())
+        assert bound < 30
+        assert float(stored[0, 0]) == (pytest.approx(bound) if trains else 50.0)
+        assert stored.requires_grad == trains
+        method.detach()
+        assert layer.weight.requires_grad
+
+
 def test_a_tighter_penalty_where_gradients_are_large_keeps_more_bits():
     """Curvatures 100 times apart differ by log2(10) bits at any budget, whatever Adam makes of their gradients."""
     options = {"target_bits": 4.0, "initial_bits": 4.0, "noise_fraction": 1.0, "limit_init": "constant"}

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from helpers import assert_resumes_after_crash, make_trainer
 from hf_approx import UniformQuantizationConfig
 from hf_approx.packing.grid import round_to_grid
-from models import build
+from models import build, dataset
 from test_trainer import assert_close_weights, no_dropout
 
 
@@ -42,6 +43,33 @@ def test_rounding_after_training_does_not_touch_training(tmp_path):
         after = rounded.model.state_dict()[name]
         slack = 0.02 * before.abs().max() if name in rounded.methods[0].grids else 1e-3
         assert (after - before).abs().max() <= slack
+
+
+def test_rounding_after_training_rounds_the_best_model(tmp_path, caplog):
+    """It is not final before it has rounded, and yet any checkpoint may be the best; there is nothing to warn of."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    trainer = make_trainer(
+        "bert",
+        tmp_path,
+        approx=UniformQuantizationConfig(bits=4, mode="round"),
+        eval_dataset=dataset("bert", 8, seed=1),
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+        **options,
+    )
+    worsening = iter(range(100, 0, -1))
+    trainer.compute_metrics = lambda prediction: {"score": float(next(worsening))}
+    method = trainer.methods[0]
+    assert not method.is_final
+    trainer.train()
+    assert method.is_final
+    assert trainer.state.best_global_step == 2
+    assert "Training ended before" not in caplog.text
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for name, grid in method.grids.items():
+        trained = best[name.replace(".weight", ".parametrizations.weight.original")]
+        assert torch.equal(trainer.model.get_parameter(name), round_to_grid(trained, grid)), name
 
 
 def test_training_rounded_weights_lowers_the_loss_that_rounding_leaves():

@@ -164,7 +164,15 @@ class Method(ABC):
     @property
     @abstractmethod
     def is_final(self) -> bool:
-        """Whether the compressed structure is settled: a model is only "best" from here on."""
+        """Whether the compressed structure is settled: a model is only "best" from here on.
+
+        Unless the method works `after_training`: then any model is as good a start as another.
+        """
+
+    @property
+    def after_training(self) -> bool:
+        """Whether all the method does is done by `settle` after the last step."""
+        return False
 
     @property
     def resizes(self) -> bool:
@@ -275,4 +283,9 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 def trained_weight(module: nn.Module) -> Tensor:
     """The weight the optimizer trains, before any parametrization."""
-    return module.get_parameter("parametrizations.weight.original").detach()
+    return trained_parameter(module).detach()
+
+
+def trained_parameter(module: nn.Module) -> nn.Parameter:
+    """The same, as the parameter it is."""
+    return module.get_parameter("parametrizations.weight.original")

@@ -7,6 +7,7 @@ Where the text of the paper could not be read, the equations are this project's 
 the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_approx.methods.activations import NoisyActivation, install_noise
-from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_weight
+from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_parameter
 from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
 from hf_approx.methods.noise import NoiseLaw, NoisyWeight
-from hf_approx.methods.precision import Budget, map_entropy, precision, steer
+from hf_approx.methods.precision import TOLERANCE, Budget, map_entropy, precision, steer
 from hf_approx.methods.rounding import (
     SCALE_DTYPE,
     PartGranularity,
@@ -32,6 +33,8 @@ from hf_approx.methods.rounding import (
 from hf_approx.modules.activation import install, uninstall
 from hf_approx.packing.grid import MAX_BITS, expand
 from hf_approx.targets import Patterns, matches
+
+logger = logging.getLogger(__name__)
 
 NOISE_FRACTION = 0.5
 """Default share of training with noise."""
@@ -67,6 +70,13 @@ class SmolConfig(MethodConfig):
         default="channel", metadata={"help": "What has a scale of its own, stored in float16."}
     )
     train_scale: bool = field(default=True, metadata={"help": "Train the scales too, or only fit them twice."})
+    train_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "False: the target weights keep the values they have until they are rounded, and only limits and "
+            "scales are trained; every other parameter is trained as usual."
+        },
+    )
     noise: NoiseLaw = field(
         default="uniform", metadata={"help": "'uniform' in [-1, 1], or 'rademacher': the worst case, -1 or 1."}
     )
@@ -162,6 +172,7 @@ class Smol(Method):
         self._first = 0
         self.activations: dict[str, NoisyActivation] = {}
         self.budgets: list[Budget] = []
+        self._frozen: list[nn.Parameter] = []
 
     @property
     def config(self) -> SmolConfig:
@@ -204,6 +215,11 @@ class Smol(Method):
         except ValueError:
             self.detach()
             raise
+        if not config.train_weights:
+            weights = [trained_parameter(module) for module in self.modules.values()]
+            self._frozen = [weight for weight in weights if weight.requires_grad]
+            for weight in self._frozen:
+                weight.requires_grad_(False)
 
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
@@ -254,11 +270,17 @@ class Smol(Method):
         return [(g.members, g.target) for g in plan(list(self.modules), target, "global", "target_bits")]
 
     def detach(self) -> None:
-        """As of `Method`; also leaves the inputs alone."""
+        """As of `Method`; also leaves the inputs alone, and weights that were frozen can be trained."""
         for name in self.activations:
             uninstall(self.modules[name])
         self.activations, self.budgets = {}, []
         super().detach()
+        self._thaw()
+
+    def _thaw(self) -> None:
+        for weight in self._frozen:
+            weight.requires_grad_(True)
+        self._frozen = []
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The limits and, if they are trained, the scales; and the largest values of activations."""
@@ -281,7 +303,7 @@ class Smol(Method):
             self._step += 1
             self._tell()
         for module, noise in zip(self.modules.values(), self.noises, strict=True):
-            weight = trained_weight(module)
+            weight = trained_parameter(module)
             if not weight.requires_grad:
                 continue
             bound = expand(noise.bound().to(weight.dtype), weight.shape)
@@ -340,11 +362,28 @@ class Smol(Method):
             self.budgets[-1].choose(self.budgets[-1].sizes)
         self._settled = True
         self._tell()
+        self._compare_budgets(kept)
+
+    def _compare_budgets(self, kept: Sequence[Tensor]) -> None:
+        """Warn of targets that the parts were too coarse to meet, counting these weights of every part."""
+        for members, target in self._groups():
+            total = sum(float(kept[i].sum()) for i in members)
+            spent = sum(float((kept[i] * self.noises[i].bits).sum()) for i in members)
+            if target is not None and total and abs(spent / total - target) > TOLERANCE:
+                logger.warning(
+                    "SmolConfig: the precisions of %d parts average %.3f bits instead of %g; choose a finer "
+                    "granularity than '%s' or that target.",
+                    sum(self.noises[i].bits.numel() for i in members),
+                    spent / total,
+                    target,
+                    self._config.granularity,
+                )
 
     def bake(self) -> list[str]:
         """Leave weights on their grids, which are then in `grids`, and quantizers of the inputs in the layers."""
         modules, noises = dict(self.modules), self.noises
         names = super().bake()
+        self._thaw()
         for (name, module), noise in zip(modules.items(), noises, strict=True):
             self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), noise.grid)
         for name, quantizer in self.activations.items():

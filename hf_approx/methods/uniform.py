@@ -102,14 +102,14 @@ class UniformQuantization(Method):
         """Nothing changes while training."""
 
     def settle(self) -> None:
-        """The bits are fixed from the start."""
+        """Round weights that are not rounded yet; bits are fixed from the start."""
+        for name, rounding in self.parametrizations.items():
+            if isinstance(rounding, LateGridWeight) and rounding.late:
+                rounding.round(incoming_weight(self.modules[name], rounding))
 
     def bake(self) -> list[str]:
         """Leave weights on their grids, which are then in `grids`."""
         modules, roundings = dict(self.modules), dict(self.parametrizations)
-        for name, rounding in roundings.items():
-            if isinstance(rounding, LateGridWeight):
-                rounding.round(incoming_weight(modules[name], rounding))
         names = super().bake()
         for name, module in modules.items():
             grid = cast(GridWeight, roundings[name]).grid
@@ -118,8 +118,13 @@ class UniformQuantization(Method):
 
     @property
     def is_final(self) -> bool:
-        """Always: the bits are fixed from the start."""
-        return True
+        """Whether weights are rounded."""
+        return not any(isinstance(p, LateGridWeight) and p.late for p in self.parametrizations.values())
+
+    @property
+    def after_training(self) -> bool:
+        """Whether weights are rounded after training."""
+        return self._config.mode == "round"
 
     def metrics(self) -> dict[str, float]:
         """The bits of every weight."""

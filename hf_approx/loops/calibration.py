@@ -1,0 +1,213 @@
+"""Quantizing a trained model without training its weights: SMOL's limits and scales learn from a few examples.
+
+Nothing is known of the task: the loss is how far the outputs are from those the model has with its own weights. It is
+this project's way to use SMOL on models that cannot be trained again, and not in the paper.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from hf_approx.loops.distillation import Fidelity, Outputs
+from hf_approx.methods import Smol, SmolConfig
+from hf_approx.packing import Grid
+
+STEPS = 200
+"""Default length of the calibration."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was done to a model.
+
+    Attributes:
+        names: Parameters that are on grids now, for `attach_packing`.
+        grids: Their grids, for `attach_packing`.
+        bits: Average bits of their weights that are not zero.
+        rounded: How well the model does on held-out batches if its weights are only rounded to as many bits, to the
+            nearest; None if there are no such batches.
+        calibrated: The same of the model as it is now.
+    """
+
+    names: list[str]
+    grids: dict[str, Grid]
+    bits: float
+    rounded: Fidelity | None
+    calibrated: Fidelity | None
+
+
+def calibrate(
+    model: PreTrainedModel,
+    loader: DataLoader[Any],
+    config: SmolConfig | None = None,
+    steps: int = STEPS,
+    held_out: DataLoader[Any] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Calibration:
+    """Learn the precisions of a trained model's weights and round them; nothing else of it changes.
+
+    The model works in eval mode throughout, without dropout. The loss compares its outputs with those it has with its
+    own weights: the mean Kullback-Leibler divergence where it predicts classes or tokens (of independent ones if it
+    predicts several labels at once), else the mean squared difference over the mean square, of regression outputs or
+    the last hidden state. Padding does not count.
+
+    Args:
+        model: Changed in place: afterwards its target weights are on grids. `attach_packing(model, result.names,
+            grids=result.grids)` makes it save them packed.
+        loader: Batches of inputs, as the model takes them; labels are not needed. Gone through again as often as
+            `steps` wants.
+        config: Of the method; `train_weights` is taken for False.
+        steps: Optimizer steps.
+        held_out: Batches to measure the result on.
+        accelerator: Default: a new one.
+
+    Raises:
+        ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
+    """
+    accelerator = accelerator or Accelerator()
+    if accelerator.mixed_precision == "fp16" or accelerator.gradient_accumulation_steps != 1:
+        raise ValueError("calibrate: use bf16 or no mixed precision, and no gradient accumulation.")
+    if not isinstance(steps, int) or steps < 2:
+        raise ValueError(f"calibrate: steps must be a whole number >= 2, got {steps!r}.")
+    config = replace(config or SmolConfig(), train_weights=False)
+    with _in_eval_mode(model):
+        rounded = None if held_out is None else _rounded(model, config, held_out, accelerator)
+        method = config.build()
+        method.attach(model)
+        try:
+            trained = _train(method, model, loader, steps, accelerator)
+            calibrated = None if held_out is None else _measure(method, trained, held_out, accelerator)
+        except BaseException:
+            method.detach()
+            raise
+        finally:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        method.settle()
+        bits = method.metrics()["bits"]
+        names = method.finalize()
+    return Calibration(names, method.grids, bits, rounded, calibrated)
+
+
+def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> Calibration:
+    """Round a trained model's weights to the nearest, with the scales that fit best and without any data.
+
+    All parts get as many bits; of a target between two precisions some get more than others, whichever they are.
+
+    Args:
+        model: Changed in place, as by `calibrate`.
+        config: Of the method.
+
+    Raises:
+        ValueError: The config does not fit the model, which is then unchanged.
+    """
+    method = replace(config or SmolConfig(), activations=False).build()
+    method.attach(model)
+    method.settle()
+    bits = method.metrics()["bits"]
+    return Calibration(method.finalize(), method.grids, bits, None, None)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in eval mode and its parameters are frozen; both end as they were."""
+    training = {module: module.training for module in model.modules()}
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for param in trained:
+        param.requires_grad_(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        for param in trained:
+            param.requires_grad_(True)
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _dense(method: Smol) -> Iterator[None]:
+    """Within, the model computes with its own weights and inputs."""
+    makers = [*method.parametrizations.values(), *method.activations.values()]
+    with ExitStack() as stack:
+        for maker in makers:
+            stack.enter_context(maker.register_forward_hook(lambda _, args, output: args[0]))
+            stack.callback(maker.train, maker.training)
+            maker.eval()
+        yield
+
+
+def _train(
+    method: Smol, model: PreTrainedModel, loader: DataLoader[Any], steps: int, accelerator: Accelerator
+) -> nn.Module:
+    """Train limits and scales; returns the model as accelerate prepared it."""
+    # Noise without dropout: of the whole model only what makes noise is in training mode.
+    for maker in (*method.parametrizations.values(), *method.activations.values()):
+        maker.train()
+    groups = method.param_groups()
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    prepared, loader, optimizer = accelerator.prepare(model, loader, optimizer)
+    outputs = Outputs(model)
+    batches = _repeated(loader)
+    bar = tqdm(total=steps, desc="calibration", disable=not accelerator.is_local_main_process)
+    for step in range(steps):
+        batch = next(batches)
+        method.on_step(step / (steps - 1))
+        with torch.no_grad(), _dense(method):
+            wanted = outputs.rows(prepared, batch)
+        loss = outputs.loss(outputs.rows(prepared, batch), wanted)
+        penalty = method.penalty()
+        accelerator.backward(loss if penalty is None else loss + penalty)
+        method.on_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{float(loss.detach()):.4g}", refresh=False)
+        bar.update()
+    bar.close()
+    method.settle()
+    return cast(nn.Module, prepared)
+
+
+def _repeated(loader: DataLoader[Any]) -> Iterator[Mapping[str, Any]]:
+    """The batches, again and again."""
+    while True:
+        batch = None
+        for batch in loader:
+            if not isinstance(batch, Mapping):
+                raise ValueError(f"calibrate: batches must be mappings of inputs by name, got {type(batch).__name__}.")
+            yield batch
+        if batch is None:
+            raise ValueError("calibrate: the loader has no batch.")
+
+
+def _rounded(
+    model: PreTrainedModel, config: SmolConfig, held_out: DataLoader[Any], accelerator: Accelerator
+) -> Fidelity:
+    """How well the model does if its weights are only rounded, to as many bits."""
+    method = replace(config, activations=False).build()
+    method.attach(model)
+    try:
+        method.settle()
+        return _measure(method, accelerator.prepare(model), held_out, accelerator)
+    finally:
+        method.detach()
+
+
+@torch.no_grad()
+def _measure(method: Smol, model: nn.Module, held_out: DataLoader[Any], accelerator: Accelerator) -> Fidelity:
+    """Compare with the model's own weights, batch by batch."""
+    outputs = Outputs(accelerator.unwrap_model(model))
+    for batch in accelerator.prepare(held_out):
+        with _dense(method):
+            wanted = outputs.rows(model, batch)
+        outputs.add(outputs.rows(model, batch), wanted)
+    return outputs.total(accelerator)
