@@ -7,10 +7,10 @@ import torch
 from transformers import BertForSequenceClassification, BertModel
 
 from helpers import assert_same_weights, make_trainer, python, weights
-from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, SparsificationConfig, attach_packing
+from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules.bank import banks_of, template_names
-from hf_approx.packing import SharedSpec, pack_shared, unpack_shared
+from hf_approx.packing import SharedSpec, expand, pack_shared, unpack_shared
 from models import batch, build
 from sharing import attach, deep_bert, logits, parameters
 
@@ -160,6 +160,30 @@ def test_pruning_beside_sharing_and_of_templates(tmp_path):
     entries = loaded.config.quantization_config.tensors
     assert {spec.kind for spec in entries.values()} == {"sparse", "shared"}
     assert set(template_names(model)) <= set(entries)
+
+
+def test_templates_that_are_sparse_and_quantized_in_one_checkpoint(tmp_path):
+    banks = r".*hf_approx_banks\..*"
+    configs = [
+        SharingConfig(),
+        SparsificationConfig(target_modules=banks, target_sparsity=0.5, soft_fraction=0.5),
+        SmolConfig(target_modules=banks, target_bits=3, group_size=16),
+    ]
+    trainer = make_trainer("bert", tmp_path, configs, deep_bert(), max_steps=8)
+    trainer.train()
+    model, grids = trainer.model, trainer.methods[2].grids
+    names = template_names(model)
+    assert set(names) == set(grids)
+    kept = {name: model.get_parameter(name) != 0 for name in names}
+    count = sum(int(mask.sum()) for mask in kept.values())
+    assert count == pytest.approx(0.5 * sum(mask.numel() for mask in kept.values()), rel=1e-3)
+    spent = sum(float((expand(grids[name].bits, mask.shape) * mask).sum()) for name, mask in kept.items())
+    assert spent / count == pytest.approx(3, abs=0.02)
+    trainer.save_model(str(tmp_path / "model"))
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    kinds = {spec.kind for spec in loaded.config.quantization_config.tensors.values()}
+    assert kinds == {"quantized", "shared"}
 
 
 def test_a_loaded_sparse_model_can_share(tmp_path):
