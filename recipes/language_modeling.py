@@ -14,7 +14,7 @@ from datasets import IterableDatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from common import ConfigError, RunConfig, load_splits, read_yaml, resolve_model
+from common import ConfigError, RunConfig, check_scratch, load_splits, read_yaml, resolve_model
 from comparison import Comparison, run
 from hf_approx import ApproxTrainer
 
@@ -57,14 +57,7 @@ def read_config(path: str, overrides: list[str] | None = None) -> LanguageModelC
     config = read_yaml(LanguageModelConfig, path, overrides)
     config.check("block_size")
     if isinstance(config.model, dict):
-        options = dict(config.model)
-        kind = options.pop("type", None)
-        if kind not in CONFIG_MAPPING:
-            raise ConfigError(f"model: type must be one transformers knows, such as gpt2 or llama, got {kind!r}.")
-        known = CONFIG_MAPPING[kind]()
-        for name in options:
-            if not hasattr(known, name):
-                raise ConfigError(f"model: {type(known).__name__} has no option {name!r}.")
+        check_scratch(config.model, MODEL_FOR_CAUSAL_LM_MAPPING, "gpt2 or llama")
         if config.tokenizer is None:
             raise ConfigError("tokenizer must be given for a model from scratch: bytes, a Hub id or a folder.")
     if config.dataset.get("streaming"):
