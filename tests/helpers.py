@@ -81,6 +81,26 @@ def assert_resumes_after_crash(trainer, folder, crash):
     return straight
 
 
+def launch(script, *args, processes=1, check=True, timeout=240):
+    """Run a script under `accelerate launch` on the CPU; what it printed is the message of a failure."""
+    config = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
+    # Port 0 would be a port that is free now and may be another's seconds later, when it is listened on. Those below
+    # the range of outgoing connections stay free, and every test process has its own.
+    port = 20000 + os.getpid() % 10000
+    options = ["--main_process_port", str(port), "--config_file", str(config)]
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, *map(str, [script, *args])],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    if check and result.returncode:
+        pytest.fail(f"{script} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-9000:]}")
+    return result
+
+
 def python(code, *args, check=True, **env):
     """Run Python code in a fresh process."""
     return subprocess.run(

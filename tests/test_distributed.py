@@ -1,42 +1,19 @@
 """Two real processes: the same model as one process on the same global batch."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from helpers import ROOT, assert_same_weights, weights
+from helpers import ROOT, assert_same_weights, launch, weights
 from scripts import avagrad_fsdp
 
 SCRIPTS = ROOT / "tests" / "scripts"
 
 
-def launch(command, *args, timeout=240):
-    subprocess.run(
-        [sys.executable, "-m", *command, *map(str, args)],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-
-
 def train(folder, processes, *options):
-    name = "cpu.yaml" if processes == 1 else "cpu_2_processes.yaml"
-    config = ROOT / "recipes" / "accelerate" / name
-    # A port of its own, so that runs side by side do not meet.
-    launch(
-        ["accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0", "--config_file", str(config)],
-        SCRIPTS / "train_ddp.py",
-        folder,
-        processes,
-        *options,
-    )
+    launch(SCRIPTS / "train_ddp.py", folder, processes, *options, processes=processes)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +66,7 @@ def test_both_processes_end_with_the_same_precisions(tmp_path):
 
 
 def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
-    launch(
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        SCRIPTS / "avagrad_fsdp.py",
-        tmp_path / "sharded.pt",
-    )
+    launch(SCRIPTS / "avagrad_fsdp.py", tmp_path / "sharded.pt", processes=2)
     model = avagrad_fsdp.build()
     avagrad_fsdp.train(model)
     sharded = torch.load(tmp_path / "sharded.pt")

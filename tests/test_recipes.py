@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import optimizer_sweep
 import text_classification
 import ticket_search
 from common import ConfigError, RecipeConfig, load_data, read_config
-from helpers import ROOT
+from helpers import ROOT, launch
 from models import build
 
 RECIPE = ROOT / "recipes" / "text_classification.py"
@@ -56,23 +55,9 @@ def config(tmp_path_factory):
     return path
 
 
-def launch(*args, processes=1, timeout=240):
-    accelerate = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    return subprocess.run(
-        [*command, "--config_file", str(accelerate), str(RECIPE), *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_text_classification(config, tmp_path, processes):
-    result = launch("--config", config, "--output_dir", tmp_path, processes=processes)
-    assert result.returncode == 0, result.stderr
+    result = launch(RECIPE, "--config", config, "--output_dir", tmp_path, processes=processes)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["dense"]["sparsity"] == 0
     assert rows["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
@@ -263,8 +248,7 @@ def test_resuming_continues_from_the_checkpoints(config, tmp_path, capsys):
 @pytest.mark.timeout(1800)
 def test_the_default_config_ends_within_two_points_of_dense(tmp_path):
     config = ROOT / "recipes" / "configs" / "words_sparse90.yaml"
-    result = launch("--config", config, "--output_dir", tmp_path, timeout=1700)
-    assert result.returncode == 0, result.stderr
+    launch(RECIPE, "--config", config, "--output_dir", tmp_path, timeout=1700)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["dense"]["accuracy"] > 0.92
     assert rows["compressed"]["accuracy"] > rows["dense"]["accuracy"] - 0.02
@@ -284,8 +268,7 @@ def test_sharing_and_folding(config, tmp_path):
     data["baseline"] = False
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(data))
-    result = launch("--config", path, "--output_dir", tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = launch(RECIPE, "--config", path, "--output_dir", tmp_path)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert list(rows) == ["compressed", "folded", "folded-tuned"]
     assert rows["folded"]["parameters"] == rows["folded-tuned"]["parameters"] < rows["compressed"]["parameters"]

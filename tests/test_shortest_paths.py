@@ -1,9 +1,6 @@
 """The recipe of the shortest paths: its grids against plain searches, its network, and the whole as a process."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import deque
 
 import pytest
@@ -13,7 +10,7 @@ from torch import nn
 import shortest_paths
 from common import read_yaml
 from grid_paths import GridPaths, distances_from, on_shortest_path
-from helpers import ROOT
+from helpers import ROOT, launch
 from path_config import SMOKE, PathRecipe
 from path_network import PathNetwork
 from path_results import scores, steps_to, summarize
@@ -198,18 +195,8 @@ def test_a_network_may_have_a_width_of_its_own():
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_recipe_in_seconds(tmp_path, processes):
-    accelerate = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    recipe = [str(ROOT / "recipes" / "shortest_paths.py"), "--config", str(CONFIG), "--output_dir", str(tmp_path)]
-    result = subprocess.run(
-        [*command, "--config_file", str(accelerate), *recipe, "--smoke"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    recipe = ROOT / "recipes" / "shortest_paths.py"
+    result = launch(recipe, "--config", CONFIG, "--output_dir", tmp_path, "--smoke", processes=processes)
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found["runs"]) == list(read_yaml(PathRecipe, CONFIG).networks)
     for name, runs in found["runs"].items():

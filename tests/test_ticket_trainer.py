@@ -1,15 +1,12 @@
 """TicketTrainer: exact sparsity and rewinding, packed saving, exact resumption, and what it refuses."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
-from helpers import ROOT, arguments, assert_same_weights, weights
+from helpers import ROOT, arguments, assert_same_weights, launch, weights
 from hf_approx import (
     AvaGradConfig,
     MagnitudePruningConfig,
@@ -237,16 +234,7 @@ def test_frozen_weights_stay_and_the_rest_trains(tmp_path):
 
 
 def test_two_processes_equal_one_also_where_only_the_ticket_is_left_to_train(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
-    script = ROOT / "tests" / "scripts" / "ticket_ddp.py"
-    subprocess.run(
-        [*launch, "--config_file", str(config), str(script), str(tmp_path)],
-        check=True,
-        capture_output=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    launch(ROOT / "tests" / "scripts" / "ticket_ddp.py", tmp_path, processes=2)
     one = weights(ticket_ddp.search(tmp_path / "one", 1).model)
     straight = torch.load(tmp_path / "straight-0.pt")
     for name in one:

@@ -48,3 +48,4 @@ tickets = search_in_parallel(search, [-0.1, 0.0, 0.05, 0.1], accelerator)
 assert accelerator.num_processes == processes, accelerator.num_processes
 path = folder / f"rank{accelerator.process_index}.json"
 path.write_text(json.dumps([[score, asdict(ticket)] for score, ticket in tickets.items()]))
+accelerator.end_training()
