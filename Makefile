@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= recipes/configs/words_sparse90.yaml
 OUTPUT ?= outputs/words_sparse90
+# Each recipe with the config that is its default.
+RECIPES := text_classification:words_sparse90 language_modeling:lm_docs_sparse80_bits4 \
+	image_classification:digits_vit_sparse80 optimizer_sweep:sweep_digits ticket_search:tickets_digits \
+	shortest_paths:shortest_paths
 
 .PHONY: demo test slow lint smoke clean
 
@@ -23,11 +27,12 @@ lint: $(VENV)/dev.stamp  ## Lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-smoke: $(VENV)/demo.stamp  ## The demo on a handful of examples
-	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/text_classification.py \
-		--config $(CONFIG) --output_dir outputs/smoke --set max_train_samples=256 --set max_eval_samples=128 \
-		--set training.num_train_epochs=1
-	$(BIN)/hf-approx inspect outputs/smoke/compressed
+smoke: $(VENV)/dev.stamp  ## Every recipe on a handful of examples
+	rm -rf outputs/smoke
+	set -e; for run in $(RECIPES); do recipe=$${run%%:*}; \
+		$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/$$recipe.py \
+			--config recipes/configs/$${run##*:}.yaml --output_dir outputs/smoke/$$recipe --smoke; done
+	$(BIN)/hf-approx inspect outputs/smoke/text_classification/compressed
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

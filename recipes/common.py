@@ -1,9 +1,11 @@
-"""What recipes share: reading a config, finding models and data, measuring what is on disk."""
+"""What recipes share: the command line, reading a config, finding models and data, measuring what is on disk."""
 
+import argparse
 import importlib
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +27,28 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A recipe's config says something impossible."""
+
+
+def command_line(doc: str | None, output_dir: str | None, smoke: Sequence[str]) -> argparse.ArgumentParser:
+    """The arguments of every recipe; `overrides` makes of them what `read_yaml` takes.
+
+    Args:
+        doc: The recipe's docstring; its first line is shown.
+        output_dir: Where outputs go if nothing else is said.
+        smoke: Overrides that make it end in seconds.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
+    parser.add_argument("--output_dir", default=output_dir, help="where models, results and pictures are saved")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    sizes = ", ".join(smoke).replace("%", "%%")
+    parser.add_argument("--smoke", action="store_const", const=smoke, default=(), help=f"end in seconds: {sizes}")
+    return parser
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """What `--smoke` and then `--set` change in the config."""
+    return [*options.smoke, *(options.set or [])]
 
 
 @dataclass(kw_only=True)

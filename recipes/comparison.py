@@ -1,6 +1,5 @@
 """Dense and compressed in one run: train both, save both, load both back, and print one table."""
 
-import argparse
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -16,8 +15,10 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from common import (
     ConfigError,
     RunConfig,
+    command_line,
     last_checkpoint,
     load_seconds,
+    overrides,
     same_logits,
     weight_bytes,
     write_json,
@@ -161,16 +162,11 @@ def run(
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
-    parser.add_argument("--output_dir", default=f"outputs/{name}", help="where models are saved")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    parser = command_line(description, f"outputs/{name}", smoke)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
-    parser.add_argument("--smoke", action="store_true", help=f"a few steps on a little data: {', '.join(smoke)}")
     options = parser.parse_args(argv)
     try:
-        overrides = [*(smoke if options.smoke else ()), *(options.set or [])]
-        recipe = make(options.config, overrides, options.output_dir)
+        recipe = make(options.config, overrides(options), options.output_dir)
         config = recipe.config
         names = [name for name, wanted in (("dense", config.baseline), ("compressed", config.approx)) if wanted]
         # Made before the first training starts, so that a mistake in the second is reported at once.

@@ -3,7 +3,6 @@
 accelerate launch recipes/optimizer_sweep.py --config recipes/configs/sweep_digits.yaml
 """
 
-import argparse
 import math
 import sys
 from collections import defaultdict
@@ -28,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import RECIPES, ConfigError, read_config, read_yaml, write_json
+from common import RECIPES, ConfigError, command_line, overrides, read_config, read_yaml, write_json
 from digits import digits
 from hf_approx.optim import (
     AvaGrad,
@@ -42,6 +41,7 @@ from hf_approx.optim import (
 from sweep_plots import plot_planes
 from text_classification import Recipe
 
+SMOKE = ("eps_decades=[-4, -3]", "lr_decades=[-2, 0]", "lrs_per_decade=1", "seeds=[0]", "epochs=1")
 OPTIMIZERS = ("adam", "avagrad")
 NAMES = {"adam": "Adam", "avagrad": "AvaGrad"}
 
@@ -351,26 +351,21 @@ def results(found: Findings, sweep: Sweep) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs/sweep_*.yaml")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/optimizer_sweep"), help="results and pictures"
-    )
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
-    options = parser.parse_args(argv)
+    options = command_line(__doc__, "outputs/optimizer_sweep", SMOKE).parse_args(argv)
+    folder = Path(options.output_dir)
     try:
-        config = read_yaml(SweepRecipe, options.config, options.set)
+        config = read_yaml(SweepRecipe, options.config, overrides(options))
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        task: Task = Digits(config, accelerator) if config.task == "digits" else Text(config, options.output_dir)
+        task: Task = Digits(config, accelerator) if config.task == "digits" else Text(config, folder)
         sweep = Sweep(config, task, accelerator)
         found = sweep.run()
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if accelerator.is_main_process:
-        write_json(options.output_dir / "results.json", results(found, sweep))
+        write_json(folder / "results.json", results(found, sweep))
         planes = {NAMES[name]: found.grid[name] for name in OPTIMIZERS}
-        plot_planes(planes, config.metric, options.output_dir / "planes.png")
+        plot_planes(planes, config.metric, folder / "planes.png")
         show(found, config)
     return 0
 

@@ -3,7 +3,6 @@
 accelerate launch recipes/shortest_paths.py --config recipes/configs/shortest_paths.yaml --output_dir paths
 """
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from common import read_yaml, write_json
+from common import command_line, overrides, read_yaml, write_json
 from hf_approx import fold, layer_similarity
 from hf_approx.optim import CompositeOptimizer
 from path_config import SMOKE, PathRecipe
@@ -137,27 +136,21 @@ class Experiment:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs/shortest_paths*.yaml")
-    parser.add_argument("--output_dir", type=Path, help="for results.json, the table and the pictures")
-    parser.add_argument("--smoke", action="store_true", help="try everything out in seconds, on tiny grids")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
-    options = parser.parse_args(argv)
-    overrides = [*(SMOKE if options.smoke else []), *(options.set or [])]
+    options = command_line(__doc__, "outputs/shortest_paths", SMOKE).parse_args(argv)
+    folder = Path(options.output_dir)
     try:
-        config = read_yaml(PathRecipe, options.config, overrides)
+        config = read_yaml(PathRecipe, options.config, overrides(options))
         experiment = Experiment(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for results in experiment.run():
         rows = summarize(results, config.target_f1)
-        if options.output_dir is not None and experiment.accelerator.is_main_process:
+        if experiment.accelerator.is_main_process:
             everything = {"config": asdict(config), "summary": rows, "runs": results}
-            write_json(options.output_dir / "results.json", everything)
+            write_json(folder / "results.json", everything)
     if experiment.accelerator.is_main_process:
-        if options.output_dir is not None:
-            write_plots(results, config.target_f1, options.output_dir)
+        write_plots(results, config.target_f1, folder)
         show(rows, config.target_f1)
     return 0
 

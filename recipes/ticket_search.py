@@ -3,7 +3,6 @@
 accelerate launch recipes/ticket_search.py --config recipes/configs/tickets_digits.yaml
 """
 
-import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from common import read_yaml, write_json
+from common import command_line, overrides, read_yaml, write_json
 from digits import digits
 from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig
 from hf_approx.loops import Ticket, TicketSearch, search_in_parallel
 from resnet20 import ResNet20
+
+SMOKE = ("rounds=2", "epochs=1", "rewind_epoch=0", "batch_size=256")
 
 
 @dataclass
@@ -177,20 +178,18 @@ def show(rows: dict[str, dict[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs/tickets_*.yaml")
-    parser.add_argument("--output_dir", type=Path, help="results, and states to go on from after a crash")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
-    options = parser.parse_args(argv)
+    # A search goes on from what is in its folder, so only a folder that was asked for is used.
+    options = command_line(__doc__, None, SMOKE).parse_args(argv)
+    folder = None if options.output_dir is None else Path(options.output_dir)
     try:
-        experiment = Experiment(read_yaml(TicketRecipe, options.config, options.set), options.output_dir)
+        experiment = Experiment(read_yaml(TicketRecipe, options.config, overrides(options)), folder)
         rows = experiment.rows()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if experiment.accelerator.is_main_process:
-        if options.output_dir is not None:
-            write_json(options.output_dir / f"results-{experiment.config.seed}.json", rows)
+        if folder is not None:
+            write_json(folder / f"results-{experiment.config.seed}.json", rows)
         show(rows)
     return 0
 
