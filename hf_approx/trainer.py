@@ -1,7 +1,7 @@
 """Trainers that compress while they fine-tune."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -31,10 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Schedule(TrainerCallback):
-    """Advances the methods before each optimizer step."""
+    """Advances the methods before each optimizer step, and finalizes them after the last.
 
-    def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = methods
+    Args:
+        methods: Those of the trainer; they rest once they are finalized.
+        finish: Finalizes, and logs what came of it. Called before any tracker closes its run.
+    """
+
+    def __init__(self, methods: Sequence[Method], finish: Callable[[], None]) -> None:
+        self.methods, self.finish = methods, finish
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -48,6 +53,11 @@ class _Schedule(TrainerCallback):
     ) -> None:
         for method in self.methods:
             method.on_gradients()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.finish()
 
 
 class ApproxTrainerMixin(CheckpointMixin):
@@ -105,7 +115,8 @@ class ApproxTrainerMixin(CheckpointMixin):
         if self.methods:
             self._unpack()
         self._recorder = Recorder(self.methods)
-        cast(Trainer, self).add_callback(_Schedule(self.methods))
+        self._schedule = _Schedule(self.methods, self._finish)
+        cast(Trainer, self).callback_handler.callbacks.insert(0, self._schedule)
 
     def _refuse_unsupported(self) -> None:
         trainer, name = cast(Trainer, self), type(self).__name__
@@ -220,11 +231,12 @@ class ApproxTrainerMixin(CheckpointMixin):
         self._unpack()
         self.forget_evaluation()
         self._measured = {}
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _finish(self) -> None:
         if not self._finalized or self._repack:
             self.finalize()
             cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
-        return output
 
     def forget_evaluation(self) -> None:
         """Let a model that was evaluated first be trained on several processes.
@@ -265,7 +277,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         self.approx_report.update(describe_layers(params, names, self._all_grids()))
         self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
-        cast(Trainer, self).remove_callback(_Schedule)
+        self._schedule.methods = ()
         # The optimizer and the wrapped model hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.model_wrapped = self._plain_model

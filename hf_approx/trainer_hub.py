@@ -71,9 +71,15 @@ class HubMixin:
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
-        """Write the card of the model saved in the output folder; the arguments are those of `Trainer`."""
+        """Write the card of the model saved in the output folder; nothing in training, when there is no such model.
+
+        The arguments are those of `Trainer`, and `dataset_name` is what TRL calls `dataset`.
+        """
         trainer = cast(Trainer, self)
+        if trainer.is_in_train:
+            return
         told = {
             "language": language,
             "license": license,
@@ -83,7 +89,7 @@ class HubMixin:
             "task": _first(tasks),
             "datasets": _listed(dataset_tags),
             "dataset_type": _first(dataset_tags),
-            "dataset_name": _first(dataset),
+            "dataset_name": dataset_name or _first(dataset),
             "dataset_config": _first(dataset_args),
         }
         self.about.update({name: value for name, value in told.items() if value is not None})
