@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
 from hf_approx.methods import Method, MethodConfig
-from hf_approx.modules.bank import banks_of, saved_weights, template_names
+from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
@@ -87,6 +87,11 @@ class ApproxTrainerMixin(CheckpointMixin):
         for config in configs:
             if not isinstance(config, MethodConfig):
                 raise ValueError(f"{type(self).__name__}: approx must hold method configs, got {config!r}.")
+        if configs and kwargs.get("peft_config") is not None:
+            raise ValueError(
+                f"{type(self).__name__}: methods compress whole models: compress in a run without peft_config, and "
+                "train adapters of the result in another."
+            )
         if store_dtype is not None:
             dtype_from_name(store_dtype)
         self.methods: list[Method] = [config.build() for config in configs]
@@ -130,6 +135,13 @@ class ApproxTrainerMixin(CheckpointMixin):
         if self.methods and trainer.model_init is not None:
             raise ValueError(
                 f"{name}: model_init would replace the model the methods are attached to; pass model= instead."
+            )
+        adapted = [module for key, module in self._plain_model.named_modules() if key.endswith(".base_layer")]
+        if any(sharing_of(module) for module in adapted):
+            logger.warning(
+                "%s: adapters of layers that share weights work beside them, but PEFT loses them when it merges; to "
+                "merge, call model.dequantize() before adding adapters.",
+                name,
             )
         quantizer = getattr(self._plain_model, "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer):

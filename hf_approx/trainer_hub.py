@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.constants import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import is_hf_dataset
@@ -93,8 +94,11 @@ class HubMixin:
             "dataset_config": _first(dataset_args),
         }
         self.about.update({name: value for name, value in told.items() if value is not None})
+        folder = Path(cast(str, trainer.args.output_dir))
+        if isinstance(trainer.model, PreTrainedModel) and not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{type(self).__name__}: there is no model in {folder} yet; call save_model() first.")
         if trainer.is_world_process_zero():
-            self._save_report(Path(cast(str, trainer.args.output_dir)))
+            self._save_report(folder)
 
     def push_to_hub(
         self,
