@@ -92,6 +92,9 @@ class ApproxTrainerMixin(CheckpointMixin):
                 f"{type(self).__name__}: methods compress whole models: compress in a run without peft_config, and "
                 "train adapters of the result in another."
             )
+        quantizer = getattr(kwargs.get("model", args[0] if args else None), "hf_quantizer", None)
+        if isinstance(quantizer, ApproxQuantizer) and not quantizer.is_trainable:
+            raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
         if store_dtype is not None:
             dtype_from_name(store_dtype)
         self.methods: list[Method] = [config.build() for config in configs]
@@ -145,8 +148,6 @@ class ApproxTrainerMixin(CheckpointMixin):
             )
         quantizer = getattr(self._plain_model, "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer):
-            if quantizer.quantization_config.runtime == "packed":
-                raise ValueError(f"{name}: load the model with runtime='dense' to train it.")
             cutting = [method.name for method in self.methods if method.resizes or method.shares]
             if quantizer.grids and cutting:
                 raise ValueError(
