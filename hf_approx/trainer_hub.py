@@ -76,11 +76,12 @@ class HubMixin:
     ) -> None:
         """Write the card of the model saved in the output folder; nothing in training, when there is no such model.
 
-        The arguments are those of `Trainer`, and `dataset_name` is what TRL calls `dataset`.
+        The arguments are those of `Trainer`, and `dataset_name`: what TRL calls the Hub id of the data set.
         """
         trainer = cast(Trainer, self)
         if trainer.is_in_train:
             return
+        dataset_tags, dataset = dataset_tags or dataset_name, dataset or dataset_name
         told = {
             "language": language,
             "license": license,
@@ -90,7 +91,7 @@ class HubMixin:
             "task": _first(tasks),
             "datasets": _listed(dataset_tags),
             "dataset_type": _first(dataset_tags),
-            "dataset_name": dataset_name or _first(dataset),
+            "dataset_name": _first(dataset),
             "dataset_config": _first(dataset_args),
         }
         self.about.update({name: value for name, value in told.items() if value is not None})
