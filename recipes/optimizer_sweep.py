@@ -44,6 +44,8 @@ from text_classification import Recipe
 
 OPTIMIZERS = ("adam", "avagrad")
 NAMES = {"adam": "Adam", "avagrad": "AvaGrad"}
+SMOKE = ("eps_decades=[-3,0]", "lr_decades=[-3,1]", "lrs_per_decade=1", "seeds=[0]", "epochs=1", "batch_size=256")
+"""What `--smoke` overrides: seconds instead of minutes, on digits."""
 
 
 @dataclass
@@ -312,7 +314,7 @@ def show(found: Findings, config: SweepRecipe) -> None:
 
 
 def suggest(found: Findings, config: SweepRecipe) -> list[str]:
-    """What to use, as sentences."""
+    """What to use: sentences, then lines for a `Trainer`."""
     lr, eps = found.searches["avagrad"].best
     lines = [f"AvaGrad: AvaGradConfig(lr={lr:g}, eps={eps:g}), from {found.searches['avagrad'].trainings} pairs."]
     adam, adam_eps = found.grid["adam"].best
@@ -324,7 +326,12 @@ def suggest(found: Findings, config: SweepRecipe) -> list[str]:
             lines.append(
                 f"{NAMES[name]} at eps {', '.join(edge)}: the best lr is the first or last; widen lr_decades."
             )
-    return lines
+    return [
+        *lines,
+        "What to pass beside the rest, one of:",
+        f"    TrainingArguments(learning_rate={adam:g}, adam_epsilon={adam_eps:g})",
+        f"    ApproxTrainer(optimizer=AvaGradConfig(lr={lr:g}, eps={eps:g}))",
+    ]
 
 
 def results(found: Findings, sweep: Sweep) -> dict[str, Any]:
@@ -357,9 +364,11 @@ def main(argv: list[str] | None = None) -> int:
         "--output_dir", type=Path, default=Path("outputs/optimizer_sweep"), help="results and pictures"
     )
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    parser.add_argument("--smoke", action="store_true", help="a small plane of short trainings, on digits")
     options = parser.parse_args(argv)
+    overrides = [*(SMOKE if options.smoke else ()), *(options.set or [])]
     try:
-        config = read_yaml(SweepRecipe, options.config, options.set)
+        config = read_yaml(SweepRecipe, options.config, overrides)
         accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         task: Task = Digits(config, accelerator) if config.task == "digits" else Text(config, options.output_dir)
         sweep = Sweep(config, task, accelerator)
