@@ -130,6 +130,9 @@ class HubMixin:
         trainer, args = cast(Trainer, self), cast(Trainer, self).args
         if not self._finalized:
             raise ValueError(f"{type(self).__name__}: push_to_hub pushes the finished model; train first.")
+        if not isinstance(trainer.model, PreTrainedModel):
+            # Adapters, say: `Trainer` pushes the folder as it is.
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)  # type: ignore[misc]
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
@@ -169,7 +172,9 @@ class HubMixin:
             guess["dataset_name"] = guess["dataset_type"] = data.builder_name
             guess["dataset_config"] = data.config_name
             guess["dataset_split"] = None if data.split is None else str(data.split)
-        return {**guess, **self.about}
+        described = {**guess, **self.about}
+        tags = [*(described.get("tags") or ()), *(getattr(model, "model_tags", None) or ())]
+        return {**described, "tags": list(dict.fromkeys(tags))} if tags else described
 
     def _state(self) -> dict[str, tuple[int, int]]:
         """Which parameters the model has, and how often each was written to: an edit changes it, saving does not."""

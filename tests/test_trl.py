@@ -141,7 +141,7 @@ def test_a_crashed_run_resumes_and_only_the_finished_model_has_a_card(tmp_path):
     straight.save_model()
     straight.create_model_card(model_name="sums", dataset_name="me/additions")
     data = ModelCard.load(card).data
-    assert (data.datasets, data.to_dict()["tags"]) == (["me/additions"], ["hf_approx", "sparsification"])
+    assert (data.datasets, data.to_dict()["tags"]) == (["me/additions"], ["hf_approx", "sparsification", "trl", "sft"])
 
 
 def test_preference_training_compresses(tmp_path):
