@@ -61,7 +61,10 @@ class _Schedule(TrainerCallback):
 
 
 class ApproxTrainerMixin(CheckpointMixin):
-    """Adds compression methods and AvaGrad to a `Trainer`.
+    """Adds compression methods and AvaGrad to a `Trainer`, TRL's among them.
+
+    `class ApproxSFTTrainer(ApproxTrainerMixin, SFTTrainer)` is all it takes. A model with PEFT adapters trains with
+    AvaGrad, but not with methods.
 
     Args:
         approx: Configs of the methods, applied in this order. They are attached to the model at once, and
