@@ -1,6 +1,7 @@
 """Which modules a method works on, chosen by the conventions of PEFT."""
 
 import re
+import sys
 from collections.abc import Container, Sequence
 
 import torch
@@ -26,6 +27,27 @@ def own_name(name: str, prefix: str, existing: Container[str]) -> str | None:
     """`name` as a model has it, or None: a base model lacks the prefix that a model with a head has."""
     candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
     return next((candidate for candidate in candidates if candidate in existing), None)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether the model is one of PEFT, or has its adapters in it."""
+    peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or tuners is None:
+        return False
+    return any(isinstance(module, (peft.PeftModel, tuners.BaseTunerLayer)) for module in model.modules())
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` for a model with adapters.
+
+    Masks on adapters mean nothing, and what is learned about base weights that stay as they are would be lost: PEFT
+    saves the adapters alone.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            f"{type(model).__name__} has PEFT adapters, and methods compress whole models: compress first and add "
+            "adapters to the result, or compress what merge_and_unload() returns."
+        )
 
 
 def select_modules(

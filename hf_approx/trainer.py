@@ -1,7 +1,7 @@
 """Trainers that compress while they fine-tune."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
 from hf_approx.methods import Method, MethodConfig
-from hf_approx.modules.bank import banks_of, saved_weights, template_names
+from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
@@ -31,10 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 class _Schedule(TrainerCallback):
-    """Advances the methods before each optimizer step."""
+    """Advances the methods before each optimizer step, and finalizes them after the last.
 
-    def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = methods
+    Args:
+        methods: Those of the trainer; they rest once they are finalized.
+        finish: Finalizes, and logs what came of it. Called before any tracker closes its run.
+    """
+
+    def __init__(self, methods: Sequence[Method], finish: Callable[[], None]) -> None:
+        self.methods, self.finish = methods, finish
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,9 +54,17 @@ class _Schedule(TrainerCallback):
         for method in self.methods:
             method.on_gradients()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.finish()
+
 
 class ApproxTrainerMixin(CheckpointMixin):
-    """Adds compression methods and AvaGrad to a `Trainer`.
+    """Adds compression methods and AvaGrad to a `Trainer`, TRL's among them.
+
+    `class ApproxSFTTrainer(ApproxTrainerMixin, SFTTrainer)` is all it takes. A model with PEFT adapters trains with
+    AvaGrad, but not with methods.
 
     Args:
         approx: Configs of the methods, applied in this order. They are attached to the model at once, and
@@ -77,6 +90,14 @@ class ApproxTrainerMixin(CheckpointMixin):
         for config in configs:
             if not isinstance(config, MethodConfig):
                 raise ValueError(f"{type(self).__name__}: approx must hold method configs, got {config!r}.")
+        if configs and kwargs.get("peft_config") is not None:
+            raise ValueError(
+                f"{type(self).__name__}: methods compress whole models: compress in a run without peft_config, and "
+                "train adapters of the result in another."
+            )
+        quantizer = getattr(kwargs.get("model", args[0] if args else None), "hf_quantizer", None)
+        if isinstance(quantizer, ApproxQuantizer) and not quantizer.is_trainable:
+            raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
         if store_dtype is not None:
             dtype_from_name(store_dtype)
         self.methods: list[Method] = [config.build() for config in configs]
@@ -105,7 +126,8 @@ class ApproxTrainerMixin(CheckpointMixin):
         if self.methods:
             self._unpack()
         self._recorder = Recorder(self.methods)
-        cast(Trainer, self).add_callback(_Schedule(self.methods))
+        self._schedule = _Schedule(self.methods, self._finish)
+        cast(Trainer, self).callback_handler.callbacks.insert(0, self._schedule)
 
     def _refuse_unsupported(self) -> None:
         trainer, name = cast(Trainer, self), type(self).__name__
@@ -120,10 +142,15 @@ class ApproxTrainerMixin(CheckpointMixin):
             raise ValueError(
                 f"{name}: model_init would replace the model the methods are attached to; pass model= instead."
             )
+        adapted = [module for key, module in self._plain_model.named_modules() if key.endswith(".base_layer")]
+        if any(sharing_of(module) for module in adapted):
+            logger.warning(
+                "%s: adapters of layers that share weights work beside them, but PEFT loses them when it merges; to "
+                "merge, call model.dequantize() before adding adapters.",
+                name,
+            )
         quantizer = getattr(self._plain_model, "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer):
-            if quantizer.quantization_config.runtime == "packed":
-                raise ValueError(f"{name}: load the model with runtime='dense' to train it.")
             cutting = [method.name for method in self.methods if method.resizes or method.shares]
             if quantizer.grids and cutting:
                 raise ValueError(
@@ -220,11 +247,12 @@ class ApproxTrainerMixin(CheckpointMixin):
         self._unpack()
         self.forget_evaluation()
         self._measured = {}
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+    def _finish(self) -> None:
         if not self._finalized or self._repack:
             self.finalize()
             cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
-        return output
 
     def forget_evaluation(self) -> None:
         """Let a model that was evaluated first be trained on several processes.
@@ -265,7 +293,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         self.approx_report.update(describe_layers(params, names, self._all_grids()))
         self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
-        cast(Trainer, self).remove_callback(_Schedule)
+        self._schedule.methods = ()
         # The optimizer and the wrapped model hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.model_wrapped = self._plain_model

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.constants import CONFIG_NAME
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modelcard import is_hf_dataset
@@ -71,9 +72,16 @@ class HubMixin:
         dataset_tags: str | list[str] | None = None,
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
     ) -> None:
-        """Write the card of the model saved in the output folder; the arguments are those of `Trainer`."""
+        """Write the card of the model saved in the output folder; nothing in training, when there is no such model.
+
+        The arguments are those of `Trainer`, and `dataset_name`: what TRL calls the Hub id of the data set.
+        """
         trainer = cast(Trainer, self)
+        if trainer.is_in_train:
+            return
+        dataset_tags, dataset = dataset_tags or dataset_name, dataset or dataset_name
         told = {
             "language": language,
             "license": license,
@@ -87,8 +95,11 @@ class HubMixin:
             "dataset_config": _first(dataset_args),
         }
         self.about.update({name: value for name, value in told.items() if value is not None})
+        folder = Path(cast(str, trainer.args.output_dir))
+        if isinstance(trainer.model, PreTrainedModel) and not (folder / CONFIG_NAME).is_file():
+            raise ValueError(f"{type(self).__name__}: there is no model in {folder} yet; call save_model() first.")
         if trainer.is_world_process_zero():
-            self._save_report(Path(cast(str, trainer.args.output_dir)))
+            self._save_report(folder)
 
     def push_to_hub(
         self,
@@ -119,6 +130,9 @@ class HubMixin:
         trainer, args = cast(Trainer, self), cast(Trainer, self).args
         if not self._finalized:
             raise ValueError(f"{type(self).__name__}: push_to_hub pushes the finished model; train first.")
+        if not isinstance(trainer.model, PreTrainedModel):
+            # Adapters, say: `Trainer` pushes the folder as it is.
+            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)  # type: ignore[misc]
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
@@ -158,7 +172,9 @@ class HubMixin:
             guess["dataset_name"] = guess["dataset_type"] = data.builder_name
             guess["dataset_config"] = data.config_name
             guess["dataset_split"] = None if data.split is None else str(data.split)
-        return {**guess, **self.about}
+        described = {**guess, **self.about}
+        tags = [*(described.get("tags") or ()), *(getattr(model, "model_tags", None) or ())]
+        return {**described, "tags": list(dict.fromkeys(tags))} if tags else described
 
     def _state(self) -> dict[str, tuple[int, int]]:
         """Which parameters the model has, and how often each was written to: an edit changes it, saving does not."""

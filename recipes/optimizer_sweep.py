@@ -41,9 +41,10 @@ from hf_approx.optim import (
 from sweep_plots import plot_planes
 from text_classification import Recipe
 
-SMOKE = ("eps_decades=[-4, -3]", "lr_decades=[-2, 0]", "lrs_per_decade=1", "seeds=[0]", "epochs=1")
 OPTIMIZERS = ("adam", "avagrad")
 NAMES = {"adam": "Adam", "avagrad": "AvaGrad"}
+SMOKE = ("eps_decades=[-3,0]", "lr_decades=[-3,1]", "lrs_per_decade=1", "seeds=[0]", "epochs=1", "batch_size=256")
+"""What `--smoke` overrides: seconds instead of minutes, on digits."""
 
 
 @dataclass
@@ -312,7 +313,7 @@ def show(found: Findings, config: SweepRecipe) -> None:
 
 
 def suggest(found: Findings, config: SweepRecipe) -> list[str]:
-    """What to use, as sentences."""
+    """What to use: sentences, then lines for a `Trainer`."""
     lr, eps = found.searches["avagrad"].best
     lines = [f"AvaGrad: AvaGradConfig(lr={lr:g}, eps={eps:g}), from {found.searches['avagrad'].trainings} pairs."]
     adam, adam_eps = found.grid["adam"].best
@@ -324,7 +325,12 @@ def suggest(found: Findings, config: SweepRecipe) -> list[str]:
             lines.append(
                 f"{NAMES[name]} at eps {', '.join(edge)}: the best lr is the first or last; widen lr_decades."
             )
-    return lines
+    return [
+        *lines,
+        "What to pass beside the rest, one of:",
+        f"    TrainingArguments(learning_rate={adam:g}, adam_epsilon={adam_eps:g})",
+        f"    ApproxTrainer(optimizer=AvaGradConfig(lr={lr:g}, eps={eps:g}))",
+    ]
 
 
 def results(found: Findings, sweep: Sweep) -> dict[str, Any]:

@@ -74,6 +74,30 @@ with torch.no_grad():
 print(json.dumps({"oid": commit.oid, "accuracy": trainer.approx_report["evaluation"]["metrics"]}))
 """
 
+ADAPTERS = """
+import sys, torch
+from helpers import make_trainer
+from hf_approx import SparsificationConfig
+from models import batch
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+folder, token = sys.argv[1:]
+base = make_trainer("bert", folder + "/base", approx=SparsificationConfig(target_sparsity=0.8), max_steps=2)
+base.train()
+base.model.push_to_hub("me/base", token=token)
+base = AutoModelForSequenceClassification.from_pretrained("me/base")
+model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+trainer = make_trainer(
+    "bert", folder + "/adapters", model=model, max_steps=2, hub_token=token, hub_model_id="me/adapters"
+)
+trainer.train()
+trainer.push_to_hub()
+loaded = AutoPeftModelForSequenceClassification.from_pretrained("me/adapters").eval()
+with torch.no_grad():
+    assert torch.equal(loaded(**batch("bert")).logits, model.eval()(**batch("bert")).logits)
+"""
+
 LOAD = """
 import sys, torch
 import hf_approx
@@ -364,6 +388,14 @@ def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
     assert sorted(seen["tensors"], key=str) == sorted(here["tensors"], key=str)
     assert 0 < hub.sent[WEIGHTS] <= 100_001 < (tmp_path / "big" / WEIGHTS).stat().st_size / 2
     assert set(hub.sent) == {"config.json", WEIGHTS}
+
+
+def test_adapters_are_pushed_without_their_base(hub, run, tmp_path):
+    run(ADAPTERS, tmp_path, TOKEN)
+    pushed = files(hub, "me/adapters")
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(pushed)
+    assert not {"config.json", WEIGHTS, "training_args.bin"} & set(pushed)
+    assert all(TOKEN.encode() not in data for data in pushed.values())
 
 
 def test_only_a_finished_model_is_pushed(tmp_path):

@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 import optimizer_sweep
 from helpers import ROOT
+from hf_approx import AvaGradConfig
 
 DIGITS = ROOT / "recipes" / "configs" / "sweep_digits.yaml"
 SMALL = ["--set", "eps_decades=[0,2]", "--set", "lrs_per_decade=1", "--set", "epochs=1", "--set", "batch_size=256"]
@@ -30,6 +32,20 @@ def test_sweep_of_digits(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = data["searches"]["avagrad"]
     assert f"AvaGradConfig(lr={found['lr']:g}, eps={found['eps']:g}), from 5 pairs" in printed
+    adam, adamw = data["grid"]["adam"], printed.splitlines()[-2].strip()
+    args = eval(adamw, {"TrainingArguments": TrainingArguments})
+    assert (args.learning_rate, args.adam_epsilon) == (adam["lr"], adam["eps"])
+    avagrad = printed.splitlines()[-1].strip()
+    assert eval(avagrad, {"ApproxTrainer": dict, "AvaGradConfig": AvaGradConfig}) == {
+        "optimizer": AvaGradConfig(lr=found["lr"], eps=found["eps"])
+    }
+
+
+def test_smoke_ends_soon_and_says_what_to_use(tmp_path, capsys):
+    options = ["--config", str(DIGITS), "--output_dir", str(tmp_path), "--smoke"]
+    assert optimizer_sweep.main([*options, "--set", "eps_decades=[0,0]", "--set", "lr_decades=[0,0]"]) == 0
+    assert len(json.loads((tmp_path / "results.json").read_text())["trainings"]) <= 4
+    assert "TrainingArguments(learning_rate=1, adam_epsilon=1)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

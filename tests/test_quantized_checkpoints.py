@@ -180,7 +180,7 @@ def test_training_on_is_rounded_again_and_said(tmp_path, caplog):
     stepper.step()
     assert torch.equal(model.get_parameter(KEY) == 0, zero)
     model.save_pretrained(tmp_path / "b")
-    assert f"'{KEY}' is no longer on the grid" in caplog.text
+    assert "is no longer on the grid" in caplog.text
     assert "keep_zeros" not in caplog.text
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
     assert torch.equal(again.get_parameter(KEY), round_to_grid(model.get_parameter(KEY).detach(), grids[KEY]))

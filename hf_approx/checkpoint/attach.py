@@ -23,6 +23,7 @@ from hf_approx.packing import (
     round_to_grid,
 )
 from hf_approx.structures import sizes_of
+from hf_approx.targets import refuse_adapters
 
 
 def attach_packing(
@@ -49,9 +50,10 @@ def attach_packing(
         How each packed weight is stored.
 
     Raises:
-        ValueError: A name is no parameter, a value overflows the stored dtype, or a grid does not fit its weight.
-            The model is unchanged.
+        ValueError: A name is no parameter, a value overflows the stored dtype, a grid does not fit its weight, or the
+            model has PEFT adapters. The model is unchanged.
     """
+    refuse_adapters(model)
     params = dict(model.named_parameters(remove_duplicate=False))
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, ApproxQuantizer):

@@ -32,7 +32,7 @@ from hf_approx.packing import (
     unpack_quantized,
 )
 from hf_approx.structures import apply_description, own_description, set_sizes
-from hf_approx.targets import own_name
+from hf_approx.targets import has_adapters, own_name
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,13 @@ class ApproxQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to write: packed weights as bytes, the others in the stored dtype."""
+        if has_adapters(model):
+            if getattr(model, "_hf_peft_config_loaded", False):
+                return model.state_dict(), {}  # of which transformers writes the adapters alone
+            raise ValueError(
+                f"{type(model).__name__} has PEFT adapters in it: save those with PeftModel.save_pretrained, and this "
+                "model after unload()."
+            )
         config = self.quantization_config
         dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
         tensors = model.state_dict(keep_vars=True)
@@ -207,16 +214,20 @@ class ApproxQuantizer(HfQuantizer):
         packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
+        filled, moved = [], []
         state: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             if name in shared:
-                weight, state[weight], specs[weight] = shared[name]
+                mixed, state[mixed], specs[mixed] = shared[name]
                 continue
             own = packed_as.get(id(tensor), name)
             spec = specs.get(own)
             if id(tensor) not in done:
                 if own in grids:
-                    done[id(tensor)] = _quantized(own, tensor, grids[own], dtype)
+                    weight = tensor.detach()
+                    if not torch.equal(round_to_grid(weight, grids[own].to(weight.device)), weight):
+                        moved.append(own)
+                    done[id(tensor)] = pack_quantized(tensor, grids[own], dtype)
                 elif spec is not None and tensor.dtype != torch.uint8:
                     done[id(tensor)] = pack(tensor, dtype)
                 elif dtype is not None and name in params and tensor.is_floating_point():
@@ -226,16 +237,11 @@ class ApproxQuantizer(HfQuantizer):
             state[name], written = done[id(tensor)]
             if own == name and written is not None:
                 if spec is not None and written.sparsity < spec.sparsity - 0.01:
-                    logger.warning(
-                        "'%s' had %.1f %% zeros when it was loaded and has %.1f %% now. Training keeps zeros unless "
-                        "the model was copied: call hf_approx.keep_zeros on the copy.",
-                        name,
-                        100 * spec.sparsity,
-                        100 * written.sparsity,
-                    )
+                    filled.append(own)
                 specs[name] = written
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
+        _warn_of_changes(filled, moved)
         if config.structure is not None:
             config.structure = own_description(model, config.structure)
         config.activations = activations_of(model)
@@ -291,17 +297,23 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _quantized(name: str, weight: Tensor, grid: Grid, dtype: torch.dtype | None) -> tuple[Tensor, QuantizedSpec]:
-    """The packed codes of a weight; warns if it is no longer on its grid."""
-    packed = pack_quantized(weight, grid, dtype)
-    there = Grid(grid.bits.to(weight.device), grid.scale.to(weight.device))
-    if not torch.equal(round_to_grid(weight.detach(), there), weight.detach()):
+def _warn_of_changes(filled: list[str], moved: list[str]) -> None:
+    """Say that weights lost zeros, or left their grids, since they were compressed."""
+    if filled:
         logger.warning(
-            "'%s' is no longer on the grid it was quantized to. It is saved rounded to it, so the saved model differs "
-            "from the one in memory.",
-            name,
+            "'%s'%s had more zeros when it was loaded. Training keeps zeros unless the model was copied: call "
+            "hf_approx.keep_zeros on the copy. Merged adapters fill them: keep the adapters in files of their own, or "
+            "save the model dense, after model.dequantize().",
+            filled[0],
+            f" (and {len(filled) - 1} others)" if filled[1:] else "",
         )
-    return packed
+    if moved:
+        logger.warning(
+            "'%s' is no longer on the grid it was quantized to%s. It is saved rounded to it, so the saved model "
+            "differs from the one in memory; model.dequantize() first saves it as it is, dense.",
+            moved[0],
+            f", nor are {len(moved) - 1} others on theirs" if moved[1:] else "",
+        )
 
 
 def _own_names(tensors: dict[str, Entry], model: PreTrainedModel, existing: Container[str]) -> dict[str, Entry]:

@@ -67,7 +67,7 @@ def calibrate(
         config: Of the method; `train_weights` is taken for False.
         steps: Optimizer steps.
         held_out: Batches to measure the result on.
-        accelerator: Default: a new one.
+        accelerator: Default: a new one. Its trackers get the loss and the average bits of every step.
 
     Raises:
         ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
@@ -170,6 +170,9 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if accelerator.trackers:
+            numbers = {"loss": float(loss.detach()), **method.metrics()}
+            accelerator.log({f"calibration/{name}": value for name, value in numbers.items()}, step=step)
         bar.set_postfix(loss=f"{float(loss.detach()):.4g}", refresh=False)
         bar.update()
     bar.close()

@@ -137,6 +137,10 @@ class Rounds(ABC):
     def _finalize(self) -> list[str]:
         """Leave real zeros in the model; returns the names of the parameters that have them."""
 
+    def _note(self, numbers: dict[str, float]) -> None:
+        """Keep what a training came to."""
+        self.history.append(numbers)
+
     @property
     def searching(self) -> bool:
         """Whether there are rounds to come; the ticket's own training is none."""
@@ -149,7 +153,7 @@ class Rounds(ABC):
             loss = self._train(f"round {self.round + 1} of {rounds}")
             if not self.early:
                 raise ValueError("The first round ended before the step whose weights the ticket starts from.")
-            self.history.append({**self.method.metrics(), "metric": self._evaluate(), "loss": loss})
+            self._note({**self.method.metrics(), "metric": self._evaluate(), "loss": loss})
             if self.method.end_round(self.round, rounds, legacy=self.config.reset == "legacy"):
                 self._rewind()
             self.round += 1
@@ -163,7 +167,7 @@ class Rounds(ABC):
         names = self._finalize()
         if trains:
             metric = self._evaluate()
-            self.history.append({**numbers, "metric": metric, "loss": loss})
+            self._note({**numbers, "metric": metric, "loss": loss})
         params = dict(self.plain.named_parameters())
         kept = sum(int(params[name].count_nonzero()) for name in names)
         sparsity = 1 - kept / sum(params[name].numel() for name in names)

@@ -33,7 +33,8 @@ class TicketSearch(Rounds):
         loss: `(model, batch) -> scalar`, differentiable.
         optimizers: Makes a fresh optimizer, and its scheduler or None, for the weights; called for each training.
         metric: `(model) -> number`, larger is better; called after each training, with the model in eval mode.
-        accelerator: Default: a new one. Its states hold all it has prepared: give each search one of its own.
+        accelerator: Default: a new one. Its states hold all it has prepared: give each search one of its own. Its
+            trackers get the numbers of every training, the first as step 1.
         checkpoint: Folder to save the state in after each round; a search started again there goes on.
 
     Raises:
@@ -105,6 +106,10 @@ class TicketSearch(Rounds):
     def _evaluate(self) -> float:
         self.model.eval()
         return float(self.metric(self.model))
+
+    def _note(self, numbers: dict[str, float]) -> None:
+        super()._note(numbers)
+        self.accelerator.log({f"ticket/{name}": value for name, value in numbers.items()}, step=len(self.history))
 
     def _finalize(self) -> list[str]:
         return self.method.finalize()

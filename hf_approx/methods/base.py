@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import Patterns, select_modules
+from hf_approx.targets import Patterns, refuse_adapters, select_modules
 
 HISTOGRAM_BINS = 20
 
@@ -73,6 +73,7 @@ class Method(ABC):
             ValueError: The config does not fit the model, or the methods do not stack.
         """
         self._check_company(earlier)
+        refuse_adapters(model)
         selected = self.select(model)
         for name, module in selected.items():
             self._check_stack(name, module, earlier)

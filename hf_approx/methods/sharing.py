@@ -31,7 +31,7 @@ from hf_approx.modules.bank import (
     template_names,
     unshare,
 )
-from hf_approx.targets import select_modules
+from hf_approx.targets import refuse_adapters, select_modules
 
 
 @dataclass
@@ -139,6 +139,7 @@ class SoftSharing(Method):
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """Move the target weights into banks. The model is unchanged if this raises."""
         self._check_company(earlier)
+        refuse_adapters(model)
         banks, sizes = self._plan(model)
         self.model, self.banks = model, {name: list(modules) for name, modules in banks.items()}
         self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
