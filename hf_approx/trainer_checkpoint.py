@@ -78,7 +78,9 @@ class CheckpointMixin(HubMixin):
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""
         if self._unfinished:
             unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
-            missing = set(load_result.missing_keys) - set(getattr(self._plain_model, "all_tied_weights_keys", ()))
+            model: Any = self._plain_model
+            missing = set(load_result.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+            missing -= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
             if missing or unexpected:
                 name = sorted(missing or unexpected)[0]
                 raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import yaml
@@ -72,6 +72,8 @@ class RunConfig:
         card: What the model card says and no trainer can know; see `ApproxTrainer.about`.
     """
 
+    arguments: ClassVar[type[TrainingArguments]] = TrainingArguments
+
     dataset: dict[str, Any]
     train_split: str = "train"
     eval_split: str = "validation"
@@ -107,8 +109,8 @@ class RunConfig:
             positive: Options of a subclass that must be positive integers.
         """
         for name in self.training:
-            if name not in {f.name for f in fields(TrainingArguments)}:
-                raise ConfigError(f"training: TrainingArguments has no option {name!r}.")
+            if name not in {f.name for f in fields(self.arguments)}:
+                raise ConfigError(f"training: {self.arguments.__name__} has no option {name!r}.")
         for name in (*positive, "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0) and (value is not None or name in positive):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from common import (
     ConfigError,
@@ -33,9 +33,11 @@ class Comparison(ABC):
     Attributes:
         auto: The `AutoModelFor...` that loads what was saved.
         scores: Names of the numbers that say how good a model is.
+        trainer_class: What trains it.
     """
 
     auto: ClassVar[Any]
+    trainer_class: ClassVar[Any] = ApproxTrainer
     scores: Sequence[str]
 
     def __init__(self, config: RunConfig, output_dir: str) -> None:
@@ -63,12 +65,12 @@ class Comparison(ABC):
     ) -> ApproxTrainer:
         """A trainer of the given model or a fresh one, dense or compressed; `training` overrides the config's."""
         config = self.config
-        args = TrainingArguments(
+        args = config.arguments(
             output_dir=str(self.output_dir / f"{name}-checkpoints"),
             **{"report_to": [], "save_strategy": "no", **config.training, **training},
         )
         set_seed(args.seed)
-        trainer = ApproxTrainer(
+        trainer = self.trainer_class(
             model=self.model() if model is None else model,
             args=args,
             approx=config.methods() if compressed else [],

@@ -72,8 +72,9 @@ def attach_packing(
     new = {}
     for name, grid in own_grids.items():
         new[id(params[name])] = (params[name], _on_grid(name, params[name].detach(), grid))
+    computed = model._keys_to_ignore_on_save or ()  # made anew by a loaded model, with all their digits
     for name, param in params.items():
-        if id(param) not in new and param.is_floating_point():
+        if id(param) not in new and param.is_floating_point() and name not in computed:
             value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
             new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
     specs: dict[str, TensorSpec] = {}
