@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_approx.modules.sharded import reshard, whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, select_modules
 
@@ -48,6 +49,9 @@ class Method(ABC):
 
     Methods stack: each works on the weight that those attached before it compute, one at most of which sparsifies and
     the last of which may quantize. They bake in reverse order: the last bakes its whole stack, so all must be settled.
+
+    Between `attach` and the first step the model may be sharded by `torch.distributed.fsdp.fully_shard`; it is then
+    baked in a copy: see `hf_approx.methods.unsharding.Unsharded`.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Method(ABC):
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parametrizations: dict[str, nn.Module] = {}
+        self.root: nn.Module | None = None
         self.removed = 0
         self.grids: dict[str, Grid] = {}
 
@@ -80,7 +85,7 @@ class Method(ABC):
         self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
             parametrize.register_parametrization(module, "weight", self.parametrizations[name])
-        self.modules = selected
+        self.modules, self.root = selected, model
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to work on, by name."""
@@ -188,6 +193,14 @@ class Method(ABC):
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log."""
 
+    def reshard(self) -> None:
+        """Let what is written to the parameters of a sharded model reach them; the first thing a schedule does."""
+        if self.root is not None:
+            reshard(self.root)
+
+    def release(self) -> None:
+        """Forget what only `detach` needs: training starts."""
+
     @abstractmethod
     def settle(self) -> None:
         """Fix the compressed structure now, whatever the schedule says."""
@@ -266,8 +279,8 @@ def parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
 
 
 def incoming_weight(module: nn.Module, parametrization: nn.Module) -> Tensor:
-    """The weight that one parametrization of the stack is given."""
-    weight = trained_weight(module)
+    """The weight that one parametrization of the stack is given; whole, of a sharded model too."""
+    weight = whole(trained_weight(module))
     with torch.no_grad():
         for earlier in parametrizations(module):
             if earlier is parametrization:
