@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names
@@ -16,22 +16,18 @@ from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.trainer_hub import HubMixin, remove_report
+from hf_approx.trainer_sharded import ShardedMixin
 
 STATE_FILE = "approx_state.json"
 
 
-class CheckpointMixin(HubMixin):
+class CheckpointMixin(ShardedMixin, HubMixin):
     """The part of `ApproxTrainerMixin` that saves and resumes."""
 
     methods: Sequence[Method]
     _repack: list[str]
     _special: bool
     _recorder: Recorder
-
-    @property
-    def _plain_model(self) -> nn.Module:
-        """The model without the wrappers of accelerate and torch.compile."""
-        return cast(nn.Module, cast(Trainer, self).model)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
@@ -53,13 +49,29 @@ class CheckpointMixin(HubMixin):
             finally:
                 del model.config.quantization_config
         else:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            with self._finished_as_model():
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
         if trainer.args.should_save:
             folder = Path(output_dir or trainer.args.output_dir or ".")
             self._save_arguments(folder)
             remove_report(folder)
             if not self._unfinished and not trainer.is_in_train:
                 self._save_report(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of `Trainer`; a sharded model is saved by the first process once it is finished.
+
+        What training goes on from is written elsewhere, so that an unfinished one is not gathered here.
+        """
+        trainer = cast(Trainer, self)
+        if self._twin is None:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        if trainer.args.should_save:
+            self._save(output_dir, {} if self._unfinished else None)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     def _plain_names(self) -> list[str]:
         return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
@@ -71,8 +83,8 @@ class CheckpointMixin(HubMixin):
 
     @property
     def _unfinished(self) -> bool:
-        """Whether what is saved now is no model: masks, or a packed model's parts that no plain config describes."""
-        return not self._finalized or bool(self._repack and self._special)
+        """Whether what is saved now is no model: masks, parts that no plain config describes, or pieces."""
+        return not self._finalized or bool(self._repack and (self._special or self._twin is not None))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""

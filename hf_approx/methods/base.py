@@ -185,6 +185,11 @@ class Method(ABC):
         return False
 
     @property
+    def sharding_problem(self) -> str | None:
+        """Why the method cannot work on a sharded model, and what to do instead; None if it can."""
+        return None
+
+    @property
     def settles_at(self) -> float:
         """The progress at which the compressed structure is settled."""
         return 0.0

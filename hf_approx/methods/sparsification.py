@@ -412,6 +412,13 @@ class ContinuousSparsification(Method):
         return self._config.structured is not None
 
     @property
+    def sharding_problem(self) -> str | None:
+        """Masks on layers act outside the layer that holds them."""
+        if self._config.structured != "layer":
+            return None
+        return f"{self.name} masks whole layers, and those masks cannot be sharded; train without FSDP."
+
+    @property
     def settles_at(self) -> float:
         """The end of the soft phase."""
         return self._settings.soft_fraction
