@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -40,7 +41,7 @@ class Sharded(ApproxTrainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        state.distributed_type = DistributedType.FSDP
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -93,6 +94,7 @@ def run(kind, folder, processes):
 
 
 if __name__ == "__main__":
+    import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
     torch.set_num_threads(1)
     folder, processes = Path(sys.argv[1]), int(sys.argv[2])
     for kind in [kind for kind in METHODS if kind in sys.argv] or METHODS:
