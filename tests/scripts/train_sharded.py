@@ -1,7 +1,7 @@
-"""Train with several methods on parameters sharded by FSDP2, resume in the middle; write what each run ended with.
+"""Train with several methods, in parallel and sharded, and resume in the middle; write what each run ended with.
 
 accelerate turns FSDP on for accelerators only. What it would set in its state is set here, and its FSDP2 code then runs
-on gloo. With one process the same runs are plain ones.
+on gloo.
 """
 
 import json
@@ -31,7 +31,6 @@ from sharing import deep_bert
 SPARSE = SparsificationConfig(target_sparsity=0.8)
 METHODS = {
     "sparse": [SPARSE],
-    "penalty": [SparsificationConfig(preset="paper", target_sparsity=None, penalty=1e-3, mask_lr=0.05)],
     "smol": [SmolConfig(target_bits=3.0, group_size=16, activations=True)],
     "shared": [SharingConfig(templates=0.5, recurrence=0.1), replace(SPARSE, target_modules=r".*hf_approx_banks.*")],
 }
@@ -46,19 +45,18 @@ class Sharded(ApproxTrainer):
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["BertLayer"],
-            state_dict_type="SHARDED_STATE_DICT" if "sharded_state" in sys.argv else "FULL_STATE_DICT",
+            state_dict_type="SHARDED_STATE_DICT" if "sharded" in self.args.output_dir else "FULL_STATE_DICT",
         )
         self.is_fsdp_enabled = True
 
 
-def trainer(kind, folder, processes):
+def trainer(cls, kind, folder, processes):
     model = deep_bert() if kind == "shared" else build("bert")
     if kind != "smol":  # whose own parameters are float32, and FSDP wants one dtype
         model = model.double()  # sums in another order must not swap weights of equal score
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    cls = ApproxTrainer if processes == 1 else Sharded
     made = cls(
         model=model,
         args=arguments(
@@ -79,23 +77,25 @@ def trainer(kind, folder, processes):
     return made
 
 
-def run(kind, folder, processes):
-    straight = trainer(kind, folder / "run", processes)
+def run(cls, kind, folder, processes, resume=True):
+    straight = trainer(cls, kind, folder / "run", processes)
     straight.train()
     sharded = sum(isinstance(param, DTensor) for param in straight.model.parameters())
-    assert (sharded > 0) == (processes > 1), sharded
-    report = json.dumps(straight.approx_report)
-    metrics = straight.evaluate()
+    assert (sharded > 0) == (cls is Sharded), sharded
+    report = straight.approx_report.copy()  # the first process adds to its own what the card says
+    loss = straight.evaluate()["eval_loss"]
     straight.save_model(str(folder / "model"))
-    (folder / f"rank{straight.args.process_index}.json").write_text(json.dumps([report, metrics["eval_loss"]]))
-    resumed = trainer(kind, folder / "run", processes)
-    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
-    resumed.save_model(str(folder / "resumed"))
+    ended = {"totals": report["totals"], "methods": report["methods"], "loss": loss}
+    (folder / f"rank{straight.args.process_index}.json").write_text(json.dumps(ended))
+    if resume:
+        resumed = trainer(cls, kind, folder / "run", processes)
+        resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4"))
+        resumed.save_model(str(folder / "resumed"))
 
 
 if __name__ == "__main__":
-    import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
     torch.set_num_threads(1)
-    folder, processes = Path(sys.argv[1]), int(sys.argv[2])
-    for kind in [kind for kind in METHODS if kind in sys.argv] or METHODS:
-        run(kind, folder / kind, processes)
+    for kind in METHODS:
+        run(Sharded, kind, Path(sys.argv[1]) / "sharded" / kind, 2)
+    for kind in ("smol", "shared"):
+        run(ApproxTrainer, kind, Path(sys.argv[1]) / "parallel" / kind, 2)
