@@ -232,8 +232,21 @@ class ApproxTrainerMixin(CheckpointMixin):
             logs.update(self._recorder.record(cast(Trainer, self).state.global_step))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, then finalize: bake the methods into the weights and make saving write them packed."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, then finalize: bake the methods into the weights and make saving write them packed.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the last checkpoint in `args.output_dir` that was written to
+                its end.
+            *args: Those of `Trainer.train`.
+            **kwargs: Those of `Trainer.train`.
+
+        Raises:
+            ValueError: The checkpoint was not written to its end, or does not fit this run.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if self._twin is None:
             self._unpack()
         elif self._finalized and not self._repack:
@@ -242,7 +255,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             )
         self.forget_evaluation()
         self._measured = {}
-        output = super().train(*args, **kwargs)  # type: ignore[misc]
+        output = super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
         if not self._finalized or self._repack:
             self.finalize()
             cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})

@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names
 from hf_approx.methods import Method
@@ -100,6 +102,41 @@ class CheckpointMixin(ShardedMixin, HubMixin):
             return
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
 
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The folder to go on from: the one asked for, or for True the last one that was written to its end.
+
+        Raises:
+            ValueError: There is none, or the one asked for was not written to its end.
+        """
+        if not asked:
+            return None
+        run = Path(cast(str, cast(Trainer, self).args.output_dir))
+        complete = sorted((p for p in run.glob("checkpoint-*") if _step(p) >= 0 and _is_complete(p)), key=_step)
+        last = str(complete[-1]) if complete else None
+        if isinstance(asked, str):
+            if os.path.isdir(asked) and not _is_complete(Path(asked)):
+                raise ValueError(
+                    f"Cannot resume: '{asked}' was not written to its end; "
+                    + (f"resume from '{last}'." if last else "train from the start.")
+                )
+            return asked
+        if last is None:
+            raise ValueError(f"Cannot resume: '{run}' has no checkpoint that was written to its end.")
+        return last
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trainer = cast(Trainer, self)
+        if trainer.args.should_save:
+            # The last file of a checkpoint says that the others are there, which those of an earlier run do not.
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            Path(cast(str, trainer.args.output_dir), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        # The first process writes the last file after this: no process may be behind.
+        cast(Trainer, self).accelerator.wait_for_everyone()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self._check_methods(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
@@ -140,6 +177,19 @@ class CheckpointMixin(ShardedMixin, HubMixin):
             for method, entry in zip(self.methods, saved["methods"], strict=True):
                 method.load_state_dict(entry["state"])
             self._recorder.history = saved["history"]
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: `Trainer` writes its own state last."""
+    try:
+        return isinstance(_read_json(str(checkpoint / TRAINER_STATE_NAME)), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _read_json(path: str) -> Any:

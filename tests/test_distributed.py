@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -68,6 +69,32 @@ def test_two_processes_resume_to_the_same_file(two_processes):
     before = (two_processes / "model" / "model.safetensors").read_bytes()
     train(two_processes, 2, "resume")
     assert (two_processes / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_lost_a_process_ends_and_is_resumed_to_the_same_file(two_processes, tmp_path):
+    config = ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"),
+            *("--config_file", str(config), str(SCRIPTS / "train_ddp.py"), str(tmp_path), "2", "kill"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode != 0
+    assert "SIGKILL" in ended.stderr
+    assert "Connection closed by peer" in ended.stderr
+    assert not (tmp_path / "model").exists()
+    # As if it had died while it wrote the next one.
+    half = tmp_path / "run" / "checkpoint-6"
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", half)
+    (half / "trainer_state.json").unlink()
+    (half / "model.safetensors").write_bytes(b"")
+    train(tmp_path, 2, "resume_last")
+    file = "model/model.safetensors"
+    assert (tmp_path / file).read_bytes() == (two_processes / file).read_bytes()
 
 
 def test_both_processes_remove_the_same_layer(tmp_path):
