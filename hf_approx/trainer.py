@@ -232,9 +232,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             logs.update(self._recorder.record(cast(Trainer, self).state.global_step))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, then finalize: bake the methods into the weights and make saving write them packed.
 
         Args:

@@ -17,16 +17,16 @@ FSDP2 = "shard with FSDP2 instead (recipes/accelerate/fsdp2.yaml)"
 def sharding_problem(trainer: Trainer, methods: Sequence[Method]) -> str | None:
     """Why these methods cannot train as the launch says and what to do; None if they can."""
     if trainer.is_deepspeed_enabled:
-        return f"DeepSpeed trains copies of the parameters, so what methods write to them between steps is lost; {FSDP2}."
+        return (
+            f"DeepSpeed trains copies of the parameters, so what methods write to them between steps is lost; {FSDP2}."
+        )
     if not trainer.is_fsdp_enabled:
         return None
     plugin, args = trainer.accelerator.state.fsdp_plugin, trainer.args
     if plugin.fsdp_version != 2:
         return "FSDP1 merges parameters and masks into one; set fsdp_version: 2."
     if plugin.cpu_ram_efficient_loading:
-        return (
-            "every process needs the weights when methods are attached; set fsdp_cpu_ram_efficient_loading: false."
-        )
+        return "every process needs the weights when methods are attached; set fsdp_cpu_ram_efficient_loading: false."
     if isinstance(plugin.cpu_offload, torch.distributed.fsdp.CPUOffloadPolicy):
         return "methods need parameters on the device; set fsdp_offload_params: false."
     if trainer.accelerator.mixed_precision not in ("no", "bf16"):

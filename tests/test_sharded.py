@@ -15,7 +15,13 @@ from scripts import methods_fsdp, train_sharded
 from test_distributed import SCRIPTS, launch
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-RUNS = [("sharded", "sparse"), ("sharded", "smol"), ("sharded", "shared"), ("parallel", "smol"), ("parallel", "shared")]
+RUNS = [
+    ("sharded", "sparse"),
+    ("sharded", "smol"),
+    ("sharded", "shared"),
+    ("parallel", "smol"),
+    ("parallel", "shared"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,9 @@ def test_two_processes_equal_one(two_processes, one_process, way, kind):
             assert close.double().mean() > 0.99, name
         else:
             torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7, msg=name)
-    reports = [json.loads((folder / "rank0.json").read_text()) for folder in (two_processes / way / kind, one_process / kind)]
+    reports = [
+        json.loads((folder / "rank0.json").read_text()) for folder in (two_processes / way / kind, one_process / kind)
+    ]
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-5)
     for name, value in reports[1]["totals"].items():
         assert reports[0]["totals"][name] == pytest.approx(value, rel=1e-2), name
@@ -90,11 +98,11 @@ class Launched(ApproxTrainer):
     """As if launched with FSDP or DeepSpeed."""
 
     plugin: dict = {}
-    deepspeed = False
+    zero = False
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        if self.deepspeed:
+        if self.zero:
             self.is_deepspeed_enabled = True
         else:
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.plugin)
@@ -118,7 +126,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, monkeypatch, plugin, approx
     model = build("bert")
     before = weights(model)
     monkeypatch.setattr(Launched, "plugin", {"fsdp_version": 2, **(plugin or {})})
-    monkeypatch.setattr(Launched, "deepspeed", plugin is None)
+    monkeypatch.setattr(Launched, "zero", plugin is None)
     with pytest.raises(ValueError, match=message):
         Launched(model=model, args=arguments(tmp_path, **options), train_dataset=dataset("bert"), approx=approx)
     assert_same_weights(weights(model), before)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hf_approx.modules.sharded import reshard, whole
+from hf_approx.modules.sharded import is_sharded, reshard, whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, select_modules
 
@@ -77,7 +77,7 @@ class Method(ABC):
         Raises:
             ValueError: The config does not fit the model, or the methods do not stack.
         """
-        self._check_company(earlier)
+        self._check_company(model, earlier)
         selected = self.select(model)
         for name, module in selected.items():
             self._check_stack(name, module, earlier)
@@ -91,8 +91,10 @@ class Method(ABC):
         """The modules to work on, by name."""
         return select_modules(model, self.config.target_modules, self.config.exclude)
 
-    def _check_company(self, earlier: Sequence["Method"]) -> None:
-        """Raise `ValueError` if the methods of a run do not go together, whatever their targets."""
+    def _check_company(self, model: nn.Module, earlier: Sequence["Method"]) -> None:
+        """Raise `ValueError` if the model is sharded, or the methods of a run do not go together."""
+        if is_sharded(model):
+            raise ValueError(f"{self.name}: the model is sharded already; attach methods before fully_shard.")
         several = [*earlier, self]
         resizing = [method.name for method in several if method.resizes]
         if resizing and any(method.quantizes for method in several):

@@ -138,7 +138,7 @@ class SoftSharing(Method):
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """Move the target weights into banks. The model is unchanged if this raises."""
-        self._check_company(earlier)
+        self._check_company(model, earlier)
         banks, sizes = self._plan(model)
         self.model = self.root = model
         self.banks = {name: list(modules) for name, modules in banks.items()}

@@ -11,10 +11,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from transformers import TrainerCallback
+
 from helpers import make_trainer
 from hf_approx import AvaGradConfig, SmolConfig, SparsificationConfig
 from models import build
-from transformers import TrainerCallback
 
 
 class KillOne(TrainerCallback):
