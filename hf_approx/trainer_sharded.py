@@ -17,9 +17,7 @@ FSDP2 = "shard with FSDP2 instead (recipes/accelerate/fsdp2.yaml)"
 def sharding_problem(trainer: Trainer, methods: Sequence[Method]) -> str | None:
     """Why these methods cannot train as the launch says and what to do; None if they can."""
     if trainer.is_deepspeed_enabled:
-        return (
-            f"DeepSpeed trains copies of the parameters, so what methods write to them between steps is lost; {FSDP2}."
-        )
+        return f"DeepSpeed trains copies of the parameters and would lose what methods write to them; {FSDP2}."
     if not trainer.is_fsdp_enabled:
         return None
     plugin, args = trainer.accelerator.state.fsdp_plugin, trainer.args
@@ -40,8 +38,8 @@ class ShardedMixin:
     """The part of `ApproxTrainerMixin` that knows of FSDP2.
 
     The methods' parameters are sharded like all others. `model` stays sharded after training, computes with the masks
-    and precisions that were found, and can be evaluated; the finished model is in memory of the first process alone, on
-    the CPU.
+    and precisions that were found, and can be evaluated (its weights are not rounded to `store_dtype`); the finished
+    model is in memory of the first process alone, on the CPU.
     """
 
     _twin: Unsharded | None = None

@@ -1,6 +1,7 @@
 """Methods on parameters that FSDP2 splits over two processes, and on two processes in parallel."""
 
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -54,9 +55,8 @@ def test_two_processes_equal_one(two_processes, one_process, way, kind):
             assert close.double().mean() > 0.99, name
         else:
             torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7, msg=name)
-    reports = [
-        json.loads((folder / "rank0.json").read_text()) for folder in (two_processes / way / kind, one_process / kind)
-    ]
+    folders = (two_processes / way / kind, one_process / kind)
+    reports = [json.loads((folder / "rank0.json").read_text()) for folder in folders]
     assert reports[0]["loss"] == pytest.approx(reports[1]["loss"], rel=1e-5)
     for name, value in reports[1]["totals"].items():
         assert reports[0]["totals"][name] == pytest.approx(value, rel=1e-2), name
@@ -97,7 +97,7 @@ def test_a_method_on_a_sharded_model_equals_that_on_a_whole_one(methods, kind):
 class Launched(ApproxTrainer):
     """As if launched with FSDP or DeepSpeed."""
 
-    plugin: dict = {}
+    plugin: ClassVar[dict] = {}
     zero = False
 
     def create_accelerator_and_postprocess(self):

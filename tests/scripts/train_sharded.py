@@ -1,6 +1,6 @@
 """Train with several methods, in parallel and sharded, and resume in the middle; write what each run ended with.
 
-accelerate turns FSDP on for accelerators only. What it would set in its state is set here, and its FSDP2 code then runs
+accelerate turns FSDP on for accelerators only. What it would set in its state is set here, and its FSDP2 code runs
 on gloo.
 """
 
