@@ -118,8 +118,8 @@ def _shard_dim(tensor: DTensor) -> int:
     split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if len(split) != 1 or not tensor.placements[split[0]].is_shard(0):
         raise ValueError(
-            f"Compression methods need parameters split along their first dimension, got {tensor.placements}; shard with "
-            "fully_shard and its default placement, without tensor parallelism."
+            f"Compression methods need parameters split along their first dimension, not {tensor.placements}; "
+            "shard with fully_shard and its default placement, without tensor parallelism."
         )
     return split[0]
 
