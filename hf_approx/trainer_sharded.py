@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from hf_approx.methods import Method
@@ -25,7 +26,7 @@ def sharding_problem(trainer: Trainer, methods: Sequence[Method]) -> str | None:
         return "FSDP1 merges parameters and masks into one; set fsdp_version: 2."
     if plugin.cpu_ram_efficient_loading:
         return "every process needs the weights when methods are attached; set fsdp_cpu_ram_efficient_loading: false."
-    if isinstance(plugin.cpu_offload, torch.distributed.fsdp.CPUOffloadPolicy):
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return "methods need parameters on the device; set fsdp_offload_params: false."
     if trainer.accelerator.mixed_precision not in ("no", "bf16"):
         return "sharded models train in float32 or bf16; set mixed_precision: bf16."

@@ -5,6 +5,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.fully_sharded_data_parallel import StateDictType
 
 from helpers import ROOT
@@ -38,4 +39,4 @@ def test_fsdp2_is_what_methods_can_train_with(monkeypatch):
     assert plugin.auto_wrap_policy is not None
     assert plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT
     assert not plugin.cpu_ram_efficient_loading
-    assert not plugin.cpu_offload
+    assert not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
