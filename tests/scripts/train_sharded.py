@@ -45,7 +45,7 @@ class Sharded(ApproxTrainer):
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["BertLayer"],
-            state_dict_type="SHARDED_STATE_DICT" if "sharded" in self.args.output_dir else "FULL_STATE_DICT",
+            state_dict_type="FULL_STATE_DICT" if "smol" in self.args.output_dir else "SHARDED_STATE_DICT",
         )
         self.is_fsdp_enabled = True
 
