@@ -67,6 +67,8 @@ class TicketTrainer(ApproxTrainer):
 
     def _refuse_unsupported(self) -> None:
         super()._refuse_unsupported()
+        if self.is_fsdp_enabled:
+            raise ValueError("TicketTrainer: rounds rewind whole weights; search without FSDP.")
         if self.eval_dataset is None:
             raise ValueError("TicketTrainer: a ticket needs a metric; give an eval_dataset.")
         if self.args.load_best_model_at_end:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -26,6 +27,7 @@ from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.trainer_checkpoint import CheckpointMixin, as_json, identity
+from hf_approx.trainer_sharded import sharding_problem
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         if optimizer is not None:
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
+        trainer = cast(Trainer, self)
         self._refuse_unsupported()
         attached: list[Method] = []
         try:
@@ -123,16 +126,22 @@ class ApproxTrainerMixin(CheckpointMixin):
             for method in reversed(attached):
                 method.detach()
             raise
-        if self.methods:
+        sharded = trainer.is_fsdp_enabled and (self.methods or isinstance(self._quantizer, ApproxQuantizer))
+        if self.methods or sharded:
             self._unpack()
+        if sharded:
+            self._prepare_sharding(self.methods)
         self._recorder = Recorder(self.methods)
-        self._schedule = _Schedule(self.methods, self._finish)
+        self._schedule = _Schedule(self.methods, self._end_training)
         cast(Trainer, self).callback_handler.callbacks.insert(0, self._schedule)
 
     def _refuse_unsupported(self) -> None:
         trainer, name = cast(Trainer, self), type(self).__name__
-        if self.methods and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-            raise ValueError(f"{name}: masks are not sharded yet; train without FSDP and DeepSpeed.")
+        quantizer = self._quantizer
+        packed = isinstance(quantizer, ApproxQuantizer)
+        problem = sharding_problem(trainer, self.methods) if self.methods or packed else None
+        if problem is not None:
+            raise ValueError(f"{name}: {problem}")
         if self.methods and trainer.args.n_gpu > 1:
             raise ValueError(
                 f"{name}: torch.nn.DataParallel cannot copy masks; start with `accelerate launch` to use "
@@ -149,8 +158,12 @@ class ApproxTrainerMixin(CheckpointMixin):
                 "merge, call model.dequantize() before adding adapters.",
                 name,
             )
-        quantizer = getattr(self._plain_model, "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer):
+            sparse = [key for key, spec in quantizer.quantization_config.tensors.items() if spec.sparsity > 0]
+            if sparse and trainer.is_fsdp_enabled:
+                raise ValueError(
+                    f"{name}: FSDP would lose the zeros of '{sparse[0]}'; train this sparse model without FSDP."
+                )
             cutting = [method.name for method in self.methods if method.resizes or method.shares]
             if quantizer.grids and cutting:
                 raise ValueError(
@@ -164,10 +177,13 @@ class ApproxTrainerMixin(CheckpointMixin):
                 f"{name}: AvaGrad needs the norm over the whole model; shard with FSDP2, not ZeRO or FSDP1."
             )
 
+    @property
+    def _quantizer(self) -> Any:
+        return getattr(self._plain_model, "hf_quantizer", None)
+
     def _unpack(self) -> None:
         """Train a packed model as an ordinary one: its checkpoints are exact then, and `finalize` packs it again."""
-        model = self._plain_model
-        quantizer = getattr(model, "hf_quantizer", None)
+        model, quantizer = self._plain_model, self._quantizer
         if isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer):
             config = model.config.quantization_config
             smaller = (config.structure or {"shapes": {}})["shapes"]
@@ -221,7 +237,8 @@ class ApproxTrainerMixin(CheckpointMixin):
     ) -> Any:
         """The task's loss plus, in training, the methods' penalties."""
         trainer = cast(Trainer, self)
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        with self._autocast():
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not model.training or self._finalized:
             return result
         loss, outputs = result if return_outputs else (result, None)
@@ -242,14 +259,30 @@ class ApproxTrainerMixin(CheckpointMixin):
             logs.update(self._recorder.record(cast(Trainer, self).state.global_step))
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, then finalize: bake the methods into the weights and make saving write them packed."""
-        self._unpack()
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, then finalize: bake the methods into the weights and make saving write them packed.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the last checkpoint in `args.output_dir` that was written to
+                its end.
+            *args: Those of `Trainer.train`.
+            **kwargs: Those of `Trainer.train`.
+
+        Raises:
+            ValueError: The checkpoint was not written to its end, or does not fit this run.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self._twin is None:
+            self._unpack()
+        elif self._finalized and not self._repack:
+            raise ValueError(
+                f"{type(self).__name__}: a sharded model is trained once; save it, and load it to train it on."
+            )
         self.forget_evaluation()
         self._measured = {}
-        return super().train(*args, **kwargs)  # type: ignore[misc]
+        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
-    def _finish(self) -> None:
+    def _end_training(self) -> None:
         if not self._finalized or self._repack:
             self.finalize()
             cast(Trainer, self).log({f"approx/{k}": v for k, v in self.approx_report["totals"].items()})
@@ -260,18 +293,41 @@ class ApproxTrainerMixin(CheckpointMixin):
         accelerate counts it as prepared then, and would train it without averaging gradients over the processes.
         """
         trainer = cast(Trainer, self)
-        if trainer.args.world_size > 1 and trainer.model_wrapped is self._plain_model:
+        plain = trainer.model_wrapped is self._plain_model and not trainer.is_fsdp_enabled
+        if trainer.args.world_size > 1 and plain:
             vars(self._plain_model).pop("_is_accelerate_prepared", None)
 
     def finalize(self) -> dict[str, Any]:
-        """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done."""
+        """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done.
+
+        On a sharded model all processes must call it.
+        """
         trainer = cast(Trainer, self)
+        if not self._finalized and not all(method.is_final or method.after_training for method in self.methods):
+            logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
+            for method in self.methods:
+                method.settle()
+        if self._twin is None:
+            self._finish()
+            # The wrapped model holds parameters that are gone.
+            trainer.model_wrapped = self._plain_model
+        else:
+            if self._twin.fill(self._plain_model, self.methods):
+                self._finished, self.methods = self._twin.model, self._twin.methods
+                history, self._recorder = self._recorder.history, Recorder(self.methods)
+                self._recorder.history = history
+                self._finish()
+            self.approx_report = broadcast_object_list([self.approx_report])[0]
+        self._finalized, self._repack = True, []
+        self._schedule.methods = ()
+        # They hold parameters that are gone.
+        trainer.optimizer = trainer.lr_scheduler = None
+        return self.approx_report
+
+    def _finish(self) -> None:
+        """Bake the methods into the model, make it save packed, and report that."""
         names = list(self._repack)
         if not self._finalized:
-            if not all(method.is_final or method.after_training for method in self.methods):
-                logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
-                for method in self.methods:
-                    method.settle()
             reports = {label: method.report() for label, method in self._recorder.methods.items()}
             self.approx_report["methods"] = [
                 {"label": label, **report, "settings": identity(self._recorder.methods[label])["config"]}
@@ -283,7 +339,6 @@ class ApproxTrainerMixin(CheckpointMixin):
             names += [name for method in reversed(self.methods) for name in method.bake()]
             for method in sorted(self.methods, key=lambda method: method.renames):
                 names = method.remove(names)
-            self._finalized = True
         # A weight that was loaded packed may be shared now.
         shared = self._shared_names()
         names = [name for name in dict.fromkeys(names) if name not in shared]
@@ -291,13 +346,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         self.approx_report["totals"] = self._pack(names)
         params = dict(self._plain_model.named_parameters(remove_duplicate=False))
         self.approx_report.update(describe_layers(params, names, self._all_grids()))
-        self._repack = []
         logger.info("Finalized %d weights: %s", len(names), self.approx_report["totals"])
-        self._schedule.methods = ()
-        # The optimizer and the wrapped model hold parameters that are gone.
-        trainer.optimizer = trainer.lr_scheduler = None
-        trainer.model_wrapped = self._plain_model
-        return self.approx_report
 
     def _warn_of_rounding(self) -> None:
         """Say what becomes of quantized weights that were trained without a method that rounds them."""

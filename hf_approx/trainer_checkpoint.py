@@ -8,30 +8,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names
 from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.trainer_hub import HubMixin, remove_report
+from hf_approx.trainer_sharded import ShardedMixin
 
 STATE_FILE = "approx_state.json"
 
 
-class CheckpointMixin(HubMixin):
+class CheckpointMixin(ShardedMixin, HubMixin):
     """The part of `ApproxTrainerMixin` that saves and resumes."""
 
     methods: Sequence[Method]
     _repack: list[str]
     _special: bool
     _recorder: Recorder
-
-    @property
-    def _plain_model(self) -> nn.Module:
-        """The model without the wrappers of accelerate and torch.compile."""
-        return cast(nn.Module, cast(Trainer, self).model)
 
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
@@ -53,13 +51,29 @@ class CheckpointMixin(HubMixin):
             finally:
                 del model.config.quantization_config
         else:
-            super()._save(output_dir, state_dict)  # type: ignore[misc]
+            with self._finished_as_model():
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
         if trainer.args.should_save:
             folder = Path(output_dir or trainer.args.output_dir or ".")
             self._save_arguments(folder)
             remove_report(folder)
             if not self._unfinished and not trainer.is_in_train:
                 self._save_report(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As of `Trainer`; a sharded model is saved by the first process once it is finished.
+
+        What training goes on from is written elsewhere, so that an unfinished one is not gathered here.
+        """
+        trainer = cast(Trainer, self)
+        if self._twin is None:
+            super().save_model(output_dir, _internal_call)  # type: ignore[misc]
+            return
+        if trainer.args.should_save:
+            self._save(output_dir, {} if self._unfinished else None)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     def _plain_names(self) -> list[str]:
         return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
@@ -71,8 +85,8 @@ class CheckpointMixin(HubMixin):
 
     @property
     def _unfinished(self) -> bool:
-        """Whether what is saved now is no model: masks, or a packed model's parts that no plain config describes."""
-        return not self._finalized or bool(self._repack and self._special)
+        """Whether what is saved now is no model: masks, parts that no plain config describes, or pieces."""
+        return not self._finalized or bool(self._repack and (self._special or self._twin is not None))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """A training checkpoint must restore every tensor: anything missing would silently change the result."""
@@ -89,6 +103,41 @@ class CheckpointMixin(HubMixin):
                 )
             return
         super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
+        """The folder to go on from: the one asked for, or for True the last one that was written to its end.
+
+        Raises:
+            ValueError: There is none, or the one asked for was not written to its end.
+        """
+        if not asked:
+            return None
+        run = Path(cast(str, cast(Trainer, self).args.output_dir))
+        complete = sorted((p for p in run.glob("checkpoint-*") if _step(p) >= 0 and _is_complete(p)), key=_step)
+        last = str(complete[-1]) if complete else None
+        if isinstance(asked, str):
+            if os.path.isdir(asked) and not _is_complete(Path(asked)):
+                raise ValueError(
+                    f"Cannot resume: '{asked}' was not written to its end; "
+                    + (f"resume from '{last}'." if last else "train from the start.")
+                )
+            return asked
+        if last is None:
+            raise ValueError(f"Cannot resume: '{run}' has no checkpoint that was written to its end.")
+        return last
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        trainer = cast(Trainer, self)
+        if trainer.args.should_save:
+            # The last file of a checkpoint says that the others are there, which those of an earlier run do not.
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+            Path(cast(str, trainer.args.output_dir), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        # The first process writes the last file after this: no process may be behind.
+        cast(Trainer, self).accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         self._check_methods(resume_from_checkpoint)
@@ -130,6 +179,19 @@ class CheckpointMixin(HubMixin):
             for method, entry in zip(self.methods, saved["methods"], strict=True):
                 method.load_state_dict(entry["state"])
             self._recorder.history = saved["history"]
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: `Trainer` writes its own state last."""
+    try:
+        return isinstance(_read_json(str(checkpoint / TRAINER_STATE_NAME)), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _read_json(path: str) -> Any:

@@ -353,5 +353,5 @@ def test_composite_steps_and_restores_its_parts():
     other = build(copied)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert torch.equal(train(model, optimizer, x, y, steps=3), train(copied, other, x, y, steps=3))
-    with pytest.raises(ValueError, match="2 optimizers, this run has 1"):
+    with pytest.raises(ValueError, match="2 parameter groups, this run has 1"):
         CompositeOptimizer(AvaGrad([start()])).load_state_dict(optimizer.state_dict())

@@ -1,6 +1,7 @@
 """Two real processes: the same model as one process on the same global batch."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -45,6 +46,21 @@ def test_two_processes_resume_to_the_same_file(two_processes):
     before = (two_processes / "model" / "model.safetensors").read_bytes()
     train(two_processes, 2, "resume")
     assert (two_processes / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_that_lost_a_process_ends_and_is_resumed_to_the_same_file(two_processes, tmp_path):
+    ended = launch(SCRIPTS / "train_ddp.py", tmp_path, 2, "kill", processes=2, check=False, timeout=400)
+    assert ended.returncode != 0
+    assert "SIGKILL" in ended.stderr
+    assert not (tmp_path / "model").exists()
+    # As if it had died while it wrote the next one.
+    half = tmp_path / "run" / "checkpoint-6"
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", half)
+    (half / "trainer_state.json").unlink()
+    (half / "model.safetensors").write_bytes(b"")
+    train(tmp_path, 2, "resume_last")
+    file = "model/model.safetensors"
+    assert (tmp_path / file).read_bytes() == (two_processes / file).read_bytes()
 
 
 def test_both_processes_remove_the_same_layer(tmp_path):

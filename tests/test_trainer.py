@@ -410,6 +410,27 @@ def test_a_plain_trainer_says_how_to_resume_a_packed_model(tmp_path):
         trainer().train(resume_from_checkpoint=True)
 
 
+def test_a_checkpoint_that_was_not_written_to_its_end_is_never_taken(tmp_path):
+    def trainer():
+        return make_trainer("bert", tmp_path, SparsificationConfig(), max_steps=4, save_strategy="steps", save_steps=1)
+
+    straight = trainer()
+    straight.train()
+    last = tmp_path / "checkpoint-3" / "trainer_state.json"
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+    last.write_bytes(last.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"checkpoint-3' was not written to its end; resume from '.*checkpoint-2'"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    assert json.loads(last.read_text())["global_step"] == 3
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="has no checkpoint that was written to its end"):
+        trainer().train(resume_from_checkpoint=True)
+
+
 def test_a_model_that_is_no_pretrained_model_ends_with_real_zeros(tmp_path):
     class Net(nn.Module):
         def __init__(self):

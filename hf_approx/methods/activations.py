@@ -11,6 +11,7 @@ from hf_approx.methods.precision import initial_limit
 from hf_approx.modules.activation import NAME as INSTALLED
 from hf_approx.modules.activation import ActivationQuantizer, install, quantized
 from hf_approx.modules.bank import Template
+from hf_approx.modules.sharded import write
 from hf_approx.structures import feature_dim
 from hf_approx.targets import Patterns, matches
 
@@ -62,7 +63,7 @@ class NoisyActivation(ActivationQuantizer):
         """Set the limits to the largest values seen, on any rank, and stop looking."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
-        self.log_limit.copy_(self.largest.clamp_min(1e-6).log())
+        write(self.log_limit, self.largest.clamp_min(1e-6).log())
         self.observing = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_approx.modules.sharded import is_sharded, reshard, whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, refuse_adapters, select_modules
 
@@ -48,6 +49,9 @@ class Method(ABC):
 
     Methods stack: each works on the weight that those attached before it compute, one at most of which sparsifies and
     the last of which may quantize. They bake in reverse order: the last bakes its whole stack, so all must be settled.
+
+    Between `attach` and the first step the model may be sharded by `torch.distributed.fsdp.fully_shard`; it is then
+    baked in a copy: see `hf_approx.methods.unsharding.Unsharded`.
     """
 
     name: str
@@ -59,6 +63,7 @@ class Method(ABC):
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {}
         self.parametrizations: dict[str, nn.Module] = {}
+        self.root: nn.Module | None = None
         self.removed = 0
         self.grids: dict[str, Grid] = {}
 
@@ -72,7 +77,7 @@ class Method(ABC):
         Raises:
             ValueError: The config does not fit the model, or the methods do not stack.
         """
-        self._check_company(earlier)
+        self._check_company(model, earlier)
         refuse_adapters(model)
         selected = self.select(model)
         for name, module in selected.items():
@@ -81,14 +86,16 @@ class Method(ABC):
         self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
             parametrize.register_parametrization(module, "weight", self.parametrizations[name])
-        self.modules = selected
+        self.modules, self.root = selected, model
 
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules to work on, by name."""
         return select_modules(model, self.config.target_modules, self.config.exclude)
 
-    def _check_company(self, earlier: Sequence["Method"]) -> None:
-        """Raise `ValueError` if the methods of a run do not go together, whatever their targets."""
+    def _check_company(self, model: nn.Module, earlier: Sequence["Method"]) -> None:
+        """Raise `ValueError` if the model is sharded, or the methods of a run do not go together."""
+        if is_sharded(model):
+            raise ValueError(f"{self.name}: the model is sharded already; attach methods before fully_shard.")
         several = [*earlier, self]
         resizing = [method.name for method in several if method.resizes]
         if resizing and any(method.quantizes for method in several):
@@ -181,6 +188,11 @@ class Method(ABC):
         return False
 
     @property
+    def sharding_problem(self) -> str | None:
+        """Why the method cannot work on a sharded model, and what to do instead; None if it can."""
+        return None
+
+    @property
     def settles_at(self) -> float:
         """The progress at which the compressed structure is settled."""
         return 0.0
@@ -188,6 +200,14 @@ class Method(ABC):
     @abstractmethod
     def metrics(self) -> dict[str, float]:
         """Numbers for the training log."""
+
+    def reshard(self) -> None:
+        """Let what is written to the parameters of a sharded model reach them; the first thing a schedule does."""
+        if self.root is not None:
+            reshard(self.root)
+
+    def release(self) -> None:
+        """Forget what only `detach` needs: training starts."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -267,8 +287,8 @@ def parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
 
 
 def incoming_weight(module: nn.Module, parametrization: nn.Module) -> Tensor:
-    """The weight that one parametrization of the stack is given."""
-    weight = trained_weight(module)
+    """The weight that one parametrization of the stack is given; whole, of a sharded model too."""
+    weight = whole(trained_weight(module))
     with torch.no_grad():
         for earlier in parametrizations(module):
             if earlier is parametrization:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_approx.modules.sharded import by_piece, every, piece, totals
 from hf_approx.targets import matches
 
 Target = float | dict[str, float]
@@ -68,7 +69,7 @@ def plan(names: Sequence[str], target: Target, scope: Scope, field: str = "targe
 
 
 def top_masks(scores: Sequence[Tensor], groups: Sequence[Group], fraction: float = 1.0) -> list[Tensor]:
-    """Masks of the best entries, in the order of the scores.
+    """Masks of the best entries, in the order of the scores; of scores split over processes, of the pieces here.
 
     Args:
         scores: One tensor a module.
@@ -91,21 +92,39 @@ def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
     """The value that about the given share of the entries is not above, from an evenly spaced sample."""
     # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
     stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
-    sample = torch.cat([s.detach().reshape(-1)[::stride] for s in scores])
+    sample = torch.cat([every(s.detach(), stride) for s in scores])
     return sample.kthvalue(max(round(sparsity * sample.numel()), 1)).values
 
 
 def global_top_k(tensors: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """Masks of the `keep` largest entries over all tensors together; ties go to the earliest entries."""
-    flat = torch.cat([t.detach().reshape(-1).float() for t in tensors])
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    if keep > 0:
-        value = flat.kthvalue(flat.numel() - keep + 1).values if keep < flat.numel() else flat.min()
-        mask = flat > value
-        ties = (flat == value).nonzero().reshape(-1)
-        mask[ties[: keep - int(mask.sum())]] = True
-    parts = mask.split([t.numel() for t in tensors])
-    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    """Masks of the `keep` largest entries over all tensors together; ties go to the earliest entries.
+
+    The smallest entry kept is found by bisection, which only counts: the tensors may be split over processes, and the
+    masks are those of the pieces here.
+    """
+    keys = [_ordered(piece(t.detach())) for t in tensors]
+    if keep <= 0:
+        return [torch.zeros_like(key, dtype=torch.bool) for key in keys]
+    low, high = -(1 << 31), (1 << 31) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        enough = int(totals([(key >= middle).sum() for key in keys], tensors).sum()) >= keep
+        low, high = (middle, high) if enough else (low, middle - 1)
+    masks = [key > low for key in keys]
+    left = keep - int(totals([mask.sum() for mask in masks], tensors).sum())
+    for tensor, key, mask in zip(tensors, keys, masks, strict=True):
+        equal = (key == low).reshape(-1).nonzero().reshape(-1)
+        counts, here = by_piece(torch.tensor(len(equal), device=key.device), tensor)
+        share = max(left - int(counts[:here].sum()), 0)
+        mask.view(-1)[equal[:share]] = True
+        left = max(left - int(counts.sum()), 0)
+    return masks
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """Whole numbers in the order of float32 numbers."""
+    bits = (values.float() + 0.0).contiguous().view(torch.int32)  # minus zero becomes zero
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def cubic_ramp(fraction: float, final: float) -> float:

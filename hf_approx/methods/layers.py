@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from hf_approx.methods.masks import SigmoidMask
@@ -41,6 +42,9 @@ def _blend(
     """A forward hook. A function and not a closure, so that a copy of the model has its own mask in it."""
     before = args[0] if args else kwargs["hidden_states"]
     after = output[0] if isinstance(output, tuple) else output
+    if isinstance(mask.scores, DTensor):
+        # The gradient of a score that is gathered outside its own layer would not be averaged.
+        raise ValueError("Masks on whole layers cannot be sharded; train on several devices without FSDP.")
     share = mask.mask()[index]
     blended = share * after + (1 - share) * before
     return (blended, *output[1:]) if isinstance(output, tuple) else blended

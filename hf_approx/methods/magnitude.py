@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_approx.methods.base import Method, MethodConfig, trained_weight
 from hf_approx.methods.budget import Group, Scope, Target, check_fraction, check_target, plan, top_masks
+from hf_approx.modules.sharded import joined
 
 
 @dataclass
@@ -130,9 +131,10 @@ class MagnitudePruning(Method):
 
     @torch.no_grad()
     def _prune(self, fraction: float) -> None:
-        groups = plan(list(self.modules), self._config.target_sparsity, self._config.scope)
-        for buffer, mask in zip(self._masks, top_masks(self._order(), groups, fraction), strict=True):
-            buffer.copy_(mask)
+        self.reshard()
+        groups, order = plan(list(self.modules), self._config.target_sparsity, self._config.scope), self._order()
+        for buffer, mask, like in zip(self._masks, top_masks(order, groups, fraction), order, strict=True):
+            buffer.copy_(joined(mask, like))
 
     def _order(self) -> list[Tensor]:
         weights = [trained_weight(module) for module in self.modules.values()]

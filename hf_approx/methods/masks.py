@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_approx.modules.sharded import whole
 from hf_approx.structures import Side, feature_dim
 
 Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron", "layer"]
@@ -86,7 +87,7 @@ class SigmoidMask(nn.Module):
 
     def mask(self) -> Tensor:
         """The soft mask, scaled, in the shape of the scores."""
-        mask = torch.sigmoid(self.temperature * self.scores)
+        mask = torch.sigmoid(self.temperature * whole(self.scores))
         return mask if self.scale == 1 else mask * self.scale
 
     def forward(self, weight: Tensor) -> Tensor:

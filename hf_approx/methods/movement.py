@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import Target, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
+from hf_approx.modules.sharded import piece, totals, whole
 
 
 @dataclass
@@ -73,8 +74,9 @@ class MovementMask(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         # Zero, with the gradient of the score; infinity minus infinity would be neither.
-        straight = torch.where(self.scores.isinf(), 0.0, self.scores - self.scores.detach())
-        return weight * ((self.scores >= self.threshold) + straight).to(weight.dtype)
+        scores = whole(self.scores)
+        straight = torch.where(scores.isinf(), 0.0, scores - scores.detach())
+        return weight * ((scores >= self.threshold) + straight).to(weight.dtype)
 
 
 class MovementPruning(Method):
@@ -115,7 +117,7 @@ class MovementPruning(Method):
         """Soft: penalty * mean sigmoid(score), until the mask is fixed."""
         if self._settled or self._config.mode != "soft":
             return None
-        total = torch.stack([mask.scores.sigmoid().sum() for mask in self.masks]).sum()
+        total = torch.stack([whole(mask.scores).sigmoid().sum() for mask in self.masks]).sum()
         return self._config.penalty * total / sum(mask.scores.numel() for mask in self.masks)
 
     @torch.no_grad()
@@ -123,6 +125,7 @@ class MovementPruning(Method):
         """Top-k: raise the thresholds along the cubic ramp. Both: fix the mask at its end."""
         if self._settled:
             return
+        self.reshard()
         ramp = self._config.ramp_fraction
         if progress >= ramp:
             self.settle()
@@ -138,9 +141,10 @@ class MovementPruning(Method):
     @torch.no_grad()
     def settle(self) -> None:
         """Keep the top scores and fix that mask."""
+        self.reshard()
         groups = plan(list(self.modules), self._config.target_sparsity, "global")
         for mask, keep in zip(self.masks, top_masks([m.scores for m in self.masks], groups), strict=True):
-            mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
+            piece(mask.scores).copy_(torch.where(keep, math.inf, -math.inf))
             mask.threshold.zero_()
         self._settled = True
 
@@ -156,8 +160,9 @@ class MovementPruning(Method):
 
     def metrics(self) -> dict[str, float]:
         """Sparsity of the mask and, in soft mode, the penalty in the loss."""
-        kept = sum(int((mask.scores >= mask.threshold).sum()) for mask in self.masks)
-        sparsity = {"sparsity": 1 - kept / sum(mask.scores.numel() for mask in self.masks)}
+        scores = [mask.scores.detach() for mask in self.masks]
+        above = [(piece(s) >= mask.threshold).sum() for s, mask in zip(scores, self.masks, strict=True)]
+        sparsity = {"sparsity": 1 - int(totals(above, scores).sum()) / sum(s.numel() for s in scores)}
         with torch.no_grad():
             penalty = self.penalty()
         return sparsity if penalty is None else {**sparsity, "penalty": float(penalty)}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hf_approx.methods.precision import initial_limit
 from hf_approx.methods.rounding import GridWeight, StraightThrough, joint_product
+from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import expand
 
 NoiseLaw = Literal["uniform", "rademacher"]
@@ -27,6 +28,9 @@ class NoisyWeight(GridWeight):
     """w -> clip(w) + scale * sigma(s) * noise until precisions are fixed; then what `GridWeight` does.
 
     The clip range is scale * (2 - sigma(s)). There is no noise in eval mode, nor where the weight is exactly zero.
+
+    The noise of a whole weight is drawn wherever the weight is: processes that share out the model, or its batches,
+    draw the same and need not send it.
 
     The buffer `curvature` is the method's to use.
 
@@ -62,7 +66,7 @@ class NoisyWeight(GridWeight):
         """The largest weight that is not clipped, in the finest parts that limits and scale have together."""
         if self.frozen:
             return super().bound()
-        return joint_product(2 - torch.sigmoid(self.limits.detach()), self.scale)
+        return joint_product(2 - torch.sigmoid(whole(self.limits.detach())), self.scale)
 
     @torch.compiler.disable
     def _draw(self, weight: Tensor) -> Tensor:

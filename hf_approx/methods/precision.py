@@ -12,6 +12,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.modules.sharded import every, piece, piece_of, totals, whole, write
 from hf_approx.packing.grid import MAX_BITS
 
 TOLERANCE = 0.02
@@ -55,7 +56,7 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
         The shift.
     """
     stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
-    sample = torch.cat([s.reshape(-1)[::stride] for s in limits]).double()
+    sample = torch.cat([every(s, stride) for s in limits]).double()
     weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)]).double()
     low, high = initial_limit(most), initial_limit(least)
     # The average falls as the shift grows; its slope changes where limits reach the clamp, so bisection is safest.
@@ -67,7 +68,7 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
         left, right = (middle, right) if average > target else (left, middle)
     shift = (left + right) / 2
     for s in limits:
-        s.add_(shift).clamp_(low, high)
+        piece(s).add_(shift).clamp_(low, high)
     return shift
 
 
@@ -75,7 +76,7 @@ def _like(sizes: Tensor, limits: Tensor) -> Tensor:
     """The sizes of all limits in one dimension, without memory of their own where all are equal."""
     if sizes.numel() == 1:
         return sizes.reshape(1).expand(limits.numel())
-    return sizes.expand_as(limits).reshape(-1)
+    return sizes.expand(limits.shape).reshape(-1)
 
 
 class Limited(Protocol):
@@ -129,7 +130,7 @@ class Budget:
     @torch.no_grad()
     def choose(self, sizes: Sequence[Tensor]) -> None:
         """Assign precisions, counting these sizes."""
-        wanted = torch.cat([precision(s).reshape(-1).cpu() for s in self.limits])
+        wanted = torch.cat([precision(whole(s)).reshape(-1).cpu() for s in self.limits])
         counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
         assigned = assign(wanted, counts, self.allowed, self.target)
         for noise, part in zip(self.noises, assigned.split([s.numel() for s in self.limits]), strict=True):
@@ -146,17 +147,21 @@ class Budget:
 
         Without it Adam, which makes all gradients equally large, would lower precisions that should rise.
         """
-        if any(s.grad is None for s in self.limits):
+        limits = self.limits
+        if any(s.grad is None for s in limits):
             return
-        slopes = [n * torch.sigmoid(-s) / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)]
-        pull = torch.stack([cast(Tensor, s.grad).sum(dtype=torch.float64) for s in self.limits]).sum()
-        weight = torch.stack([slope.sum(dtype=torch.float64) for slope in slopes]).sum()
+        grads = [piece(cast(Tensor, s.grad)) for s in limits]
+        slopes = [
+            piece_of(n, s) * torch.sigmoid(-piece(s)) / math.log(2) for s, n in zip(limits, self.sizes, strict=True)
+        ]
+        pull = totals([grad.sum(dtype=torch.float64) for grad in grads], limits).sum()
+        weight = totals([slope.sum(dtype=torch.float64) for slope in slopes], limits).sum()
         if not bool(pull.isfinite()):
             return
         self.pull = MEMORY * self.pull + (1 - MEMORY) * float(pull)
         self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
-        for s, slope in zip(self.limits, slopes, strict=True):
-            cast(Tensor, s.grad).sub_(slope * self.multiplier)
+        for grad, slope in zip(grads, slopes, strict=True):
+            grad.sub_(slope * self.multiplier)
 
     @torch.no_grad()
     def measure(self) -> None:
@@ -165,10 +170,11 @@ class Budget:
         The gradient of a limit is a sum over its weights of gradient times independent noise, so its square says it.
         """
         for noise, n in zip(self.noises, self.sizes, strict=True):
-            s = noise.limits
-            if s.grad is not None:
+            grad = noise.limits.grad
+            if grad is not None:
+                s = whole(noise.limits)
                 size = torch.sigmoid(s) * torch.sigmoid(-s)
-                noise.curvature.add_((s.grad / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+                noise.curvature.add_((whole(grad) / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
 
     @torch.no_grad()
     def spread(self) -> None:
@@ -184,24 +190,25 @@ class Budget:
             return
         middle = known.median()
         for s, log in zip(self.limits, logs, strict=True):
-            bits = precision(s) + (log - middle).clamp(-MAX_BITS, MAX_BITS)
-            s.copy_(-torch.log(torch.exp2(bits.clamp(1 + LEAST_EXTRA, MAX_BITS) - 1) - 1))
+            bits = precision(whole(s)) + (log - middle).clamp(-MAX_BITS, MAX_BITS)
+            write(s, -torch.log(torch.exp2(bits.clamp(1 + LEAST_EXTRA, MAX_BITS) - 1) - 1))
 
     def average(self) -> float:
         """Average precision the limits stand for."""
         with torch.no_grad():
-            bits = sum(float((precision(s) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+            bits = sum(float((precision(whole(s)) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
         return bits / self.total
 
     @property
     def total(self) -> float:
         """How many weights all limits govern."""
-        return sum(float(n.expand_as(s).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
+        return sum(float(n.expand(s.shape).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
 
     def penalty(self) -> Tensor:
         """Sum of (p - 1) over all weights, differentiable."""
         terms = [
-            (nn.functional.softplus(-s) * n).sum() / math.log(2) for s, n in zip(self.limits, self.sizes, strict=True)
+            (nn.functional.softplus(-whole(s)) * n).sum() / math.log(2)
+            for s, n in zip(self.limits, self.sizes, strict=True)
         ]
         return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 

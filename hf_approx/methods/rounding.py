@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid, expand, round_to_grid
 from hf_approx.structures import feature_dim
 
@@ -145,7 +146,7 @@ class GridWeight(nn.Module):
     @property
     def scale(self) -> Tensor:
         """As it is stored, in float32."""
-        return stored(self.log_scale.detach().exp())
+        return stored(whole(self.log_scale.detach()).exp())
 
     @property
     def grid(self) -> Grid:

@@ -138,10 +138,11 @@ class SoftSharing(Method):
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """Move the target weights into banks. The model is unchanged if this raises."""
-        self._check_company(earlier)
+        self._check_company(model, earlier)
         refuse_adapters(model)
         banks, sizes = self._plan(model)
-        self.model, self.banks = model, {name: list(modules) for name, modules in banks.items()}
+        self.model = self.root = model
+        self.banks = {name: list(modules) for name, modules in banks.items()}
         self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
         new = {}
         for name, modules in banks.items():
@@ -210,13 +211,17 @@ class SoftSharing(Method):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The coefficients, at their learning rate."""
-        self._dense = {}
+        self.release()
         own = [p for p in map(coefficients_of, self.modules.values()) if p.requires_grad]
         return [{"params": own, "lr": self._config.coefficient_lr}] if own else []
 
+    def release(self) -> None:
+        """Forget the weights that layers had."""
+        self._dense = {}
+
     def on_step(self, progress: float) -> None:
         """Raise the weight of the recurrence penalty."""
-        self._dense = {}
+        self.release()
         warmup = self._config.recurrence_warmup
         self._strength = self._config.recurrence * (min(progress / warmup, 1.0) if warmup else 1.0)
 

@@ -31,6 +31,7 @@ from hf_approx.methods.rounding import (
     reduce,
 )
 from hf_approx.modules.activation import install, uninstall
+from hf_approx.modules.sharded import piece, piece_of, whole, write
 from hf_approx.packing.grid import MAX_BITS, expand
 from hf_approx.targets import Patterns, matches
 
@@ -292,6 +293,7 @@ class Smol(Method):
     @torch.no_grad()
     def on_step(self, progress: float) -> None:
         """Draw new noise and steer the precisions, or fix them; clip the weights to the range of their precision."""
+        self.reshard()
         if not self._settled:
             if self._step == 1:
                 for quantizer in self.activations.values():
@@ -306,8 +308,8 @@ class Smol(Method):
             weight = trained_parameter(module)
             if not weight.requires_grad:
                 continue
-            bound = expand(noise.bound().to(weight.dtype), weight.shape)
-            weight.clamp_(-bound, bound)
+            bound = piece_of(expand(noise.bound().to(weight.dtype), weight.shape), weight)
+            piece(weight).clamp_(-bound, bound)
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
@@ -351,13 +353,14 @@ class Smol(Method):
         """Assign precisions, within the budget if there is one, and fit the scales to them."""
         if self._settled:
             return
-        noises = self.noises
-        incoming = [incoming_weight(m, p) for m, p in zip(self.modules.values(), noises, strict=True)]
-        kept = [reduce((w != 0).float(), p.bits.shape) for w, p in zip(incoming, noises, strict=True)]
+        self.reshard()
+        targets = list(zip(self.modules.values(), self.noises, strict=True))
+        kept = [reduce((incoming_weight(m, p) != 0).float(), p.bits.shape) for m, p in targets]
         for budget, (members, _) in zip(self.budgets, self._groups(), strict=False):
             budget.choose([kept[i] for i in members])
-        for weight, noise in zip(incoming, noises, strict=True):
-            noise.log_scale.copy_(fit_scale(weight, noise.bits, noise.log_scale.shape).log())
+        for module, noise in targets:
+            weight = incoming_weight(module, noise)
+            write(noise.log_scale, fit_scale(weight, noise.bits, noise.log_scale.shape).log())
         if self.activations:
             self.budgets[-1].choose(self.budgets[-1].sizes)
         self._settled = True
@@ -414,7 +417,7 @@ class Smol(Method):
         if self.activations:
             quantizers = self.activations.values()
             total = sum(q.governs * q.channels for q in quantizers)
-            used = [q.bits if self._settled else precision(q.limits) for q in quantizers]
+            used = [q.bits if self._settled else precision(whole(q.limits)) for q in quantizers]
             spent = sum(q.governs * float(bits.sum()) for q, bits in zip(quantizers, used, strict=True))
             numbers["activation_bits"] = spent / total
         return numbers

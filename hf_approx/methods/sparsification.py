@@ -31,6 +31,7 @@ from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.masks import GRANULARITIES, Granularity, SigmoidMask, layout_of
 from hf_approx.methods.presets import PRESETS, Settings
 from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
+from hf_approx.modules.sharded import piece, piece_of, totals, whole
 from hf_approx.structures import Kind, Structure, express_in_config, find_structures, note_sizes, remove_units
 
 
@@ -276,6 +277,7 @@ class ContinuousSparsification(Method):
         """Set the temperature, beta_0 (beta_T / beta_0)^x, and steer the scores; harden after the soft phase."""
         if self._settled:
             return
+        self.reshard()
         config, soft = self._config, self._settings.soft_fraction
         if progress >= soft:
             self.settle()
@@ -333,6 +335,11 @@ class ContinuousSparsification(Method):
     def _numel(self) -> int:
         return sum(mask.scores.numel() for mask in self.masks)
 
+    def _count(self) -> int:
+        """How many scores are above zero."""
+        scores = [mask.scores.detach() for mask in self.masks]
+        return int(totals([(piece(s) > 0).sum() for s in scores], scores).sum())
+
     def penalty(self) -> Tensor | None:
         """lambda * sum of masks, scale included; None with a target or once the mask is fixed."""
         if self._settled or self._config.target_sparsity is not None:
@@ -342,19 +349,22 @@ class ContinuousSparsification(Method):
     @torch.no_grad()
     def settle(self) -> None:
         """Harden: keep scores above zero or, with a target, the top scores over all layers."""
+        self.reshard()
         masks = self.masks
-        kept = [mask.scores > 0 for mask in masks]
-        self._learned_sparsity = 1 - sum(int(k.sum()) for k in kept) / self._numel
+        scores = [mask.scores for mask in masks]
+        kept = [piece(s) > 0 for s in scores]
+        self._learned_sparsity = 1 - self._count() / self._numel
         if self._config.granularity == "2:4":
             pairs = zip(self.modules.values(), masks, strict=True)
-            kept = [best_two(module, mask.scores) for module, mask in pairs]
+            kept = [piece_of(best_two(module, whole(m.scores)), m.scores) for module, m in pairs]
         elif self._config.target_sparsity is not None:
-            kept = top_masks([mask.scores for mask in masks], self._groups())
+            kept = top_masks(scores, self._groups())
         if self._config.structured:
             # A layer without any unit could not be built, nor a model without any layer: the best one stays.
-            kept = [k if bool(k.any()) else global_top_k([m.scores], 1)[0] for k, m in zip(kept, masks, strict=True)]
+            some = totals([k.sum() for k in kept], scores) > 0
+            kept = [k if any_ else global_top_k([s], 1)[0] for k, s, any_ in zip(kept, scores, some, strict=True)]
         for mask, keep in zip(masks, kept, strict=True):
-            mask.scores.copy_(torch.where(keep, math.inf, -math.inf))
+            piece(mask.scores).copy_(torch.where(keep, math.inf, -math.inf))
         self._force = 0.0
         self._settled = True
 
@@ -402,6 +412,13 @@ class ContinuousSparsification(Method):
         return self._config.structured is not None
 
     @property
+    def sharding_problem(self) -> str | None:
+        """Masks on layers act outside the layer that holds them."""
+        if self._config.structured != "layer":
+            return None
+        return f"{self.name} masks whole layers, and those masks cannot be sharded; train without FSDP."
+
+    @property
     def settles_at(self) -> float:
         """The end of the soft phase."""
         return self._settings.soft_fraction
@@ -411,11 +428,10 @@ class ContinuousSparsification(Method):
 
         The penalty is the term in the loss or, with a target, what was taken off every score in the last step.
         """
-        kept = sum(int((mask.scores > 0).sum()) for mask in self.masks)
         with torch.no_grad():
             penalty = self.penalty()
         return {
-            "sparsity": 1 - kept / self._numel,
+            "sparsity": 1 - self._count() / self._numel,
             "soft_sparsity": self._soft_sparsity(),
             "temperature": float(self.masks[0].temperature),
             "penalty": self._force if penalty is None else float(penalty),

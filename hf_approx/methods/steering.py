@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_approx.methods.budget import Group, cubic_ramp, threshold
 from hf_approx.methods.masks import SigmoidMask, in_fours
 from hf_approx.methods.presets import Settings
+from hf_approx.modules.sharded import piece, whole, write
 
 EASE = 0.25
 """Part of the soft phase in which scores that start equal come down to zero."""
@@ -45,7 +46,7 @@ def lower(masks: Sequence[SigmoidMask], groups: Sequence[Group], fraction: float
         if wanted > 0:
             number = threshold([masks[i].scores for i in group.members], wanted) - level
             for i in group.members:
-                masks[i].scores.sub_(number)
+                piece(masks[i].scores).sub_(number)
             force = float(number)
     return force
 
@@ -55,9 +56,11 @@ def lower_fours(layers: Sequence[nn.Module], masks: Sequence[SigmoidMask], fract
     """As `lower`, with half of every four inputs as the wanted share; pulls harder as the ramp rises."""
     force = 0.0
     for layer, mask in zip(layers, masks, strict=True):
-        fours = in_fours(layer, mask.scores)
+        scores = whole(mask.scores.detach())
+        fours = in_fours(layer, scores)
         middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
         fours.sub_(middle * cubic_ramp(fraction, 1.0))
+        write(mask.scores, scores)
         force = float(middle.mean())
     return force
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight
 from hf_approx.methods.rounding import GridWeight, baked_grid, fit_scale, parts_shape
+from hf_approx.modules.sharded import write
 from hf_approx.packing.grid import MAX_BITS
 
 
@@ -61,7 +62,7 @@ class LateGridWeight(GridWeight):
 
     def round(self, weight: Tensor) -> None:
         """Fit the scale to the weight and round from now on."""
-        self.log_scale.data.copy_(fit_scale(weight, self.bits, self.log_scale.shape).log())
+        write(self.log_scale, fit_scale(weight, self.bits, self.log_scale.shape).log())
         self.late = False
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -103,6 +104,7 @@ class UniformQuantization(Method):
 
     def settle(self) -> None:
         """Round weights that are not rounded yet; bits are fixed from the start."""
+        self.reshard()
         for name, rounding in self.parametrizations.items():
             if isinstance(rounding, LateGridWeight) and rounding.late:
                 rounding.round(incoming_weight(self.modules[name], rounding))

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hf_approx.modules.sharded import whole
+
 BANKS = "hf_approx_banks"
 
 
@@ -96,7 +98,7 @@ class SharedLayers:
     @property
     def coefficients(self) -> Tensor:
         """Of every layer: shape (layers, templates)."""
-        rows = [coefficients_of(layer) for layer in self.layers.values()]
+        rows = [whole(coefficients_of(layer)) for layer in self.layers.values()]
         return torch.stack([row.to(rows[0].device) for row in rows])
 
 

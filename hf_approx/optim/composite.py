@@ -68,21 +68,23 @@ class CompositeOptimizer(Optimizer):
             optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The parts' state dicts, in order."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        """As of one optimizer with the groups of all parts, in order, so that a sharded one can be saved too."""
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
 
         Raises:
-            ValueError: The number of parts differs.
+            ValueError: The number of parameter groups differs.
         """
-        states = state_dict.get("optimizers", [])
-        if len(states) != len(self.optimizers):
+        groups, state = list(state_dict.get("param_groups", [])), state_dict.get("state", {})
+        if len(groups) != len(self.param_groups):
             raise ValueError(
-                f"CompositeOptimizer: the checkpoint holds {len(states)} optimizers, this run has "
-                f"{len(self.optimizers)}; resume with the same methods and optimizer."
+                f"CompositeOptimizer: the checkpoint holds {len(groups)} parameter groups, this run has "
+                f"{len(self.param_groups)}; resume with the same methods and optimizer."
             )
-        for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer in self.optimizers:
+            own, groups = groups[: len(optimizer.param_groups)], groups[len(optimizer.param_groups) :]
+            keys = [key for group in own for key in group["params"] if key in state]
+            optimizer.load_state_dict({"state": {key: state[key] for key in keys}, "param_groups": own})
         self._collect_groups()

@@ -1,6 +1,8 @@
 """Train a tiny BERT on the global batch, whatever the number of processes; write what each process ended with."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -9,9 +11,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from transformers import TrainerCallback
+
 from helpers import make_trainer
 from hf_approx import AvaGradConfig, SmolConfig, SparsificationConfig
 from models import build
+
+
+class KillOne(TrainerCallback):
+    """One process ends in mid-run, without a word."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 folder = Path(sys.argv[1])
 model = build("bert").double()  # sums in another order must not swap weights of equal score
@@ -37,8 +50,11 @@ trainer = make_trainer(
     train_sampling_strategy="sequential",
 )
 assert trainer.args.world_size == processes, trainer.args.world_size
+if "kill" in sys.argv:
+    trainer.add_callback(KillOne())
 trainer.evaluate(trainer.train_dataset)  # accelerate must not take the model for prepared after this
-trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-4") if "resume" in sys.argv else None)
+checkpoint = str(folder / "run" / "checkpoint-4") if "resume" in sys.argv else None
+trainer.train(resume_from_checkpoint=checkpoint or "resume_last" in sys.argv)
 report = json.dumps(trainer.approx_report)  # the first process adds to its own what the card says
 trainer.save_model(str(folder / "model"))
 rank = trainer.args.process_index
