@@ -34,8 +34,8 @@ def fit(features: Tensor) -> Normal:
 def squared_distance(a: Normal, b: Normal) -> float:
     """Square of the Fréchet distance, which is also the 2-Wasserstein distance (Dowson and Landau, 1982).
 
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)), at least 0. The FID of Heusel et al. (2017) is this
-    number for features of an Inception network; for any other features it is comparable only with itself.
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^(1/2) S_b S_a^(1/2))^(1/2)), at least 0. The FID of Heusel et al. (2017) is
+    this number for features of an Inception network; for any other features it is comparable only with itself.
     """
     root = _root(a.covariance)
     # The product is similar to S_a S_b, and symmetric: its root needs eigenvalues only.

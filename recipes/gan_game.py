@@ -92,11 +92,11 @@ class Player:
         # Prepared, it would take a step for every process.
         accelerator.register_for_checkpointing(self.scheduler)
 
-    def step(self, index: int, loss: Callable[[], Tensor]) -> Tensor:
-        """Take step `index`, from 0; returns the loss without penalties."""
+    def step(self, index: int, loss: Callable[[int], Tensor]) -> Tensor:
+        """Take step `index`, from 0, whose loss that of the index is; returns it, without penalties."""
         for method in self.methods:
             method.on_step(index / max(self.steps - 1, 1))
-        value = loss()
+        value = loss(index)
         penalties = [p for p in (method.penalty() for method in self.methods) if p is not None]
         self.accelerator.backward(sum(penalties, start=value))
         for method in self.methods:
@@ -108,7 +108,7 @@ class Player:
 
     @contextmanager
     def frozen(self) -> Iterator[nn.Module]:
-        """Within, gradients pass through the network and stop at no parameter of it, so none waits for other processes."""
+        """Within, gradients pass through the network and none is kept; so no process waits for those of others."""
         for param in self.trained:
             param.requires_grad_(False)
         try:
@@ -201,8 +201,8 @@ class Game:
         while self.step < config.steps:
             for i in range(config.n_critic):
                 turn = self.step * config.n_critic + i
-                self.losses["discriminator"] = self.discriminator.step(turn, lambda: self._discriminator_loss(turn))
-            self.losses["generator"] = self.generator.step(self.step, lambda: self._generator_loss(self.step))
+                self.losses["discriminator"] = self.discriminator.step(turn, self._discriminator_loss)
+            self.losses["generator"] = self.generator.step(self.step, self._generator_loss)
             self.step += 1
             bar.update()
             last = self.step == config.steps

@@ -1,4 +1,4 @@
-"""The two networks of a GAN for small images, after the residual ones of Miyato et al. (2018, spectral normalization)."""
+"""The two networks of a GAN for small images, after the residual ones of Miyato et al. (2018)."""
 
 import torch
 from torch import Tensor, nn
@@ -128,14 +128,11 @@ class Discriminator(nn.Module):
         super().__init__()
         halved = doublings(image_size)
         inputs = [channels] + [width] * (halved + 1)
-        self.blocks = nn.ModuleList(
-            DownBlock(n, width, halve=i < halved, first=i == 0) for i, n in enumerate(inputs)
-        )
+        self.blocks = nn.ModuleList(DownBlock(n, width, halve=i < halved, first=i == 0) for i, n in enumerate(inputs))
         self.head = nn.Linear(width, 1)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
 
     def normalize(self) -> None:
         """Divide every weight by its largest singular value, from now on."""

@@ -53,9 +53,7 @@ class FeatureNetwork(nn.Module):
         return float((logits.argmax(1).cpu() == labels).double().mean())
 
 
-def train_features(
-    images: Tensor, labels: Tensor, size: int, epochs: int, device: torch.device
-) -> FeatureNetwork:
+def train_features(images: Tensor, labels: Tensor, size: int, epochs: int, device: torch.device) -> FeatureNetwork:
     """Train the classifier, the same one every time: Adam, its rate falling to zero along a cosine.
 
     Args:
