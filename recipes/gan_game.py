@@ -26,7 +26,7 @@ from hf_approx.optim import CompositeOptimizer
 BATCH = 256
 """Images that are generated at once where nothing is trained."""
 
-CRITIC, ARTIST, SAMPLES = range(3)
+DISCRIMINATOR, GENERATOR, SAMPLES = range(3)
 """What random numbers are for: steps of the discriminator, of the generator, or images to look at."""
 
 
@@ -173,7 +173,7 @@ class Game:
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         """What step `index` of the discriminator sees on this process: images and latents."""
-        generator = self._random(CRITIC, index)
+        generator = self._random(DISCRIMINATOR, index)
         chosen = torch.randint(len(self.images), (self.config.batch_size,), generator=generator)
         return from_pixels(self.images[chosen].to(self.accelerator.device)), self._latents(generator)
 
@@ -186,7 +186,7 @@ class Game:
         return relu(1 - real_scores).mean() + relu(1 + fake_scores).mean()
 
     def _generator_loss(self, index: int) -> Tensor:
-        latents = self._latents(self._random(ARTIST, index))
+        latents = self._latents(self._random(GENERATOR, index))
         with self.discriminator.frozen() as discriminator:
             return -discriminator(self.generator.model(latents)).mean()
 

@@ -2,13 +2,16 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 SMALLEST = 4
 """Side of the images the generator starts from, and the discriminator ends with."""
+
+LEAK = 0.2
+"""Slope of the discriminator's leaky ReLUs below zero."""
 
 
 def doublings(image_size: int) -> int:
@@ -47,9 +50,10 @@ class UpBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(width, width, 1)
+        # Norms would take biases away again. Parameters without gradients would be all that AvaGrad's norm sees.
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(width, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, H, W) -> (N, width, 2 H, 2 W)."""
@@ -95,7 +99,7 @@ class Generator(PreTrainedModel):
 
 
 class DownBlock(nn.Module):
-    """Two convolutions beside a shortcut, each after a ReLU; may halve the side."""
+    """Two convolutions beside a shortcut, each after a leaky ReLU, so that no channel dies; may halve the side."""
 
     def __init__(self, inputs: int, width: int, halve: bool, first: bool = False) -> None:
         super().__init__()
@@ -106,8 +110,8 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) -> (N, width, H, W), or half of that side."""
-        y = self.conv1(x if self.first else torch.relu(x))
-        y = self.conv2(torch.relu(y))
+        y = self.conv1(x if self.first else leaky_relu(x, LEAK))
+        y = self.conv2(leaky_relu(y, LEAK))
         if not self.halve:
             return y + self.shortcut(x)
         return avg_pool2d(y, 2) + self.shortcut(avg_pool2d(x, 2))
@@ -144,7 +148,7 @@ class Discriminator(nn.Module):
         """Images (N, channels, image_size, image_size) -> scores (N,), high for those it takes for real."""
         for block in self.blocks:
             images = block(images)
-        return self.head(torch.relu(images).sum((2, 3)))[:, 0]
+        return self.head(leaky_relu(images, LEAK).sum((2, 3)))[:, 0]
 
 
 AutoConfig.register(GeneratorConfig.model_type, GeneratorConfig, exist_ok=True)
