@@ -7,7 +7,8 @@ OUTPUT ?= outputs/words_sparse90
 # Each recipe with the config that is its default.
 RECIPES := text_classification:words_sparse90 language_modeling:lm_docs_sparse80_bits4 \
 	image_classification:digits_vit_sparse80 optimizer_sweep:sweep_digits ticket_search:tickets_digits \
-	translation:gettext_marian_bits4 shortest_paths:shortest_paths
+	translation:gettext_marian_bits4 image_generation:digits_gan_bits4 \
+	shortest_paths:shortest_paths
 
 .PHONY: demo test slow lint smoke clean
 

@@ -3,7 +3,6 @@
 accelerate launch recipes/image_generation.py --config recipes/configs/digits_gan_bits4.yaml
 """
 
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, Image
 from torch import Tensor
 
-from common import ConfigError, load_labelled, read_yaml, write_json
+from common import ConfigError, command_line, load_labelled, overrides, read_yaml, write_json
 from frechet import fit, squared_distance
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate
@@ -126,23 +125,19 @@ class Experiment:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", required=True, help="YAML file; see recipes/configs/*_gan_*.yaml")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/image_generation"), help="models, pictures")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
+    parser = command_line(__doc__, "outputs/image_generation", SMOKE)
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
-    parser.add_argument("--smoke", action="store_true", help="try everything out in seconds, on tiny networks")
     options = parser.parse_args(argv)
-    overrides = [*(SMOKE if options.smoke else []), *(options.set or [])]
+    folder = Path(options.output_dir)
     try:
-        config = read_yaml(GanRecipe, options.config, overrides)
-        experiment = Experiment(config, options.output_dir, options.resume)
+        config = read_yaml(GanRecipe, options.config, overrides(options))
+        experiment = Experiment(config, folder, options.resume)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     results = experiment.run()
     if experiment.measure is not None:
-        write_pictures(results, experiment.images, options.output_dir)
+        write_pictures(results, experiment.images, folder)
         show(results)
     return 0
 
