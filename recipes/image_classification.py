@@ -190,10 +190,6 @@ class ImageClassifier(Comparison):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def scored(self, measured: dict[str, float]) -> dict[str, float]:
-        """What the metric computes."""
-        return {name: measured[name] for name in self.scores}
-
     def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
         """The first eight of the validation split."""
         return {"pixel_values": torch.stack(self.data["validation"][:8]["pixel_values"])}

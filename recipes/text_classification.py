@@ -78,10 +78,6 @@ class Recipe(Comparison):
         trainer.model_accepts_loss_kwargs = False
         return trainer
 
-    def scored(self, measured: dict[str, float]) -> dict[str, float]:
-        """What the metric computes."""
-        return {name: measured[name] for name in self.scores}
-
     def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
         """The first eight of the validation split."""
         batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
