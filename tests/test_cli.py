@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 from helpers import ROOT
@@ -266,3 +267,17 @@ def test_a_truncated_weight_file_is_named(packed, tmp_path, refuse):
     refuse("model.safetensors is damaged", "inspect", tmp_path)
     refuse("error: ", "decompress", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_names_in_a_file_are_neither_markup_nor_codes_for_the_terminal(tmp_path, capsys, refuse):
+    build("bert").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file({"a[/b]": torch.zeros(2, 2), "c[red]": torch.zeros(2), "d\x1b[2Jx": torch.zeros(2)}, weights)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "a[/b]" in table
+    assert "c[red]" in table
+    assert "\x1b" not in table
+    refuse("clear [2J it", "inspect", "clear\x1b[2J it")
