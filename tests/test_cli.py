@@ -222,6 +222,41 @@ def test_the_file_cannot_name_just_any_class(trained, tmp_path, refuse, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def edited(trained, tmp_path):
+    """A copy of the dense checkpoint with other entries in its config."""
+
+    def make(**entries):
+        folder = shutil.copytree(trained, tmp_path / "model", dirs_exist_ok=True)
+        config = json.loads((trained / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **entries}))
+        return folder
+
+    return make
+
+
+def test_what_is_wrong_with_a_model_is_one_sentence(edited, tmp_path, refuse):
+    out = tmp_path / "out"
+    refuse("config.json is damaged", "compress", edited(hidden_size="wide"), out)
+    refuse("transformers has no model class 5", "compress", edited(architectures=5), out)
+    refuse("'bert.embeddings.LayerNorm.bias' has shape [32] instead of [64]", "compress", edited(hidden_size=64), out)
+    refuse("'bert.encoder.layer.2.attention.output.LayerNorm.bias' is m", "compress", edited(num_hidden_layers=3), out)
+    refuse("the class has no 'bert.encoder.layer.1.att", "compress", edited(num_hidden_layers=1), out)
+    for method in ("gptq", "bitsandbytes", "compressed-tensors", "unheard-of"):
+        folder = edited(quantization_config={"quant_method": method, "load_in_4bit": True})
+        refuse(f"is quantized already, by {method}", "compress", folder, out, "--bits", 3)
+    assert not out.exists()
+
+
+def test_a_card_of_a_config_without_a_list_of_architectures(edited):
+    for names in (5, [], [5], "BertForSequenceClassification", None):
+        folder = edited(architectures=names)
+        with pytest.raises(SystemExit) as exit_:
+            main(["card", str(folder)])
+        assert exit_.value.code == 0
+        assert "AutoModel.from_pretrained" in (folder / "README.md").read_text()
+
+
 def test_other_weight_files_in_the_folder_are_not_counted(packed, tmp_path, capsys):
     shutil.copytree(packed, tmp_path / "model")
     shutil.copy(packed / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
