@@ -166,6 +166,8 @@ def export(
 @app.command()
 def card(folder: Annotated[Path, typer.Argument(help="A saved model.")]) -> None:
     """Write the model card, README.md, of a saved model, unless one was written by hand."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder.")
     if not write_card(find_checkpoint(str(folder))):
         raise ValueError(f"'{folder / CARD_FILE}' was not written by hf_approx; move it away first.")
     print(f"Wrote {folder / CARD_FILE}.")

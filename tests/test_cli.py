@@ -101,6 +101,21 @@ def test_compress_then_decompress(trained, tmp_path):
     assert size(tmp_path / "plain") == pytest.approx(size(trained), rel=0.01)
 
 
+def test_only_files_of_the_model_come_along(packed, tmp_path):
+    """An index of other weight files would be wrong, and so would a report of what these weights were before."""
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    for name in ("pytorch_model.bin.index.json", "trainer_state.json", "approx_report.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    with pytest.raises(SystemExit) as exit_:
+        main(["decompress", str(folder), str(tmp_path / "plain")])
+    assert exit_.value.code == 0
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "chat_template.jinja",
+    }
+
+
 def test_inspect_counts_what_is_in_the_file(packed):
     result = cli("inspect", packed, "--json")
     assert result.returncode == 0, result.stderr

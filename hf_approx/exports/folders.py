@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import QUANT_METHOD
-from hf_approx.inspection import COMPANIONS, inspect_checkpoint
+from hf_approx.inspection import companions, inspect_checkpoint
+from hf_approx.report import REPORT_FILE
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,10 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         partial = Path(scratch) / "model"
         model.save_pretrained(partial, state_dict=state)
-        skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
-        for path in source.iterdir():
-            if path.suffix in COMPANIONS and path.name not in skipped:
+        # The report says what was measured of other weight files.
+        skipped = ("config.json", "generation_config.json", REPORT_FILE)
+        for path in companions(source):
+            if path.name not in skipped:
                 shutil.copy(path, partial / path.name)
         if finish is not None:
             finish(partial)
