@@ -100,6 +100,17 @@ def test_padding_does_not_count():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_padded_labels_of_an_encoder_decoder_do_not_count():
+    losses = []
+    for padding in (0, 5):
+        ids = torch.randint(3, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
+        labels = torch.cat([ids, torch.full((4, padding), -100)], 1)
+        held_out = [{"input_ids": row, "labels": wanted} for row, wanted in zip(ids, labels, strict=True)]
+        result = calibrate(build("t5"), DataLoader(held_out, 4), CONFIG, steps=2, held_out=DataLoader(held_out, 4))
+        losses.append(result.rounded.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_models_of_numbers_and_of_several_labels():
     regression, labels = build("bert"), build("bert")
     labels.config.problem_type = "multi_label_classification"
