@@ -351,6 +351,13 @@ def test_texts_of_every_kind_of_file(tmp_path, ending):
     assert read_texts(file, "sentence") == ["one", "two", "three"]
 
 
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    (tmp_path / "[v2] *.txt").write_text("mine")
+    (tmp_path / "v x.txt").write_text("another's")
+    (tmp_path / "[v2] x.txt").write_text("another's")
+    assert read_texts(tmp_path / "[v2] *.txt", "text") == ["mine"]
+
+
 def test_a_quarter_is_held_out_and_long_texts_are_cut(bert, texts, images):
     model = AutoModelForSequenceClassification.from_pretrained(bert)
     train, held_out = calibration_batches(model, bert, texts, samples=20, batch_size=5, max_length=4)
