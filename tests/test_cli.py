@@ -319,6 +319,14 @@ def test_a_truncated_weight_file_is_named(packed, tmp_path, refuse):
     assert not (tmp_path / "out").exists()
 
 
+def test_unsigned_integers_are_measured_at_their_size(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    kinds = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.complex64)
+    tensors = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert inspect_checkpoint(tmp_path).bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
 def test_names_in_a_file_are_neither_markup_nor_codes_for_the_terminal(tmp_path, capsys, refuse):
     build("bert").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
