@@ -66,9 +66,8 @@ def load_model(folder: Path) -> PreTrainedModel:
         model, report = cls.from_pretrained(folder, **options)  # type: ignore[union-attr]
     except RuntimeError as error:
         raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
-    wrong = [
-        f"'{key}' has shape {list(there)} instead of {list(want)}" for key, there, want in report["mismatched_keys"]
-    ]
+    shapes = sorted(report["mismatched_keys"])
+    wrong = [f"'{key}' has shape {list(there)} instead of {list(wanted)}" for key, there, wanted in shapes]
     wrong += [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
     wrong += [f"the class has no '{key}'" for key in sorted(report["unexpected_keys"])]
     if wrong:
