@@ -67,7 +67,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     """
     inspection, packing = inspect_checkpoint(folder), read_packing(folder)
     config, report = _read_object(folder / "config.json"), _read_object(folder / REPORT_FILE)
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = first_architecture(config) or ""
     try:
         about = {
             "task": task_of(architecture),
@@ -143,6 +143,12 @@ def auto_class(architecture: str) -> str:
     known = {"LMHeadModel": "ForCausalLM", "ForConditionalGeneration": "ForSeq2SeqLM"}
     name = f"AutoModel{known.get(name, name)}"
     return name if hasattr(transformers, name) else "AutoModel"
+
+
+def first_architecture(config: Mapping[str, Any]) -> str | None:
+    """The class of transformers that a `config.json` names first, if it names one."""
+    names = config.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
 
 
 def _escaped(value: object) -> object:

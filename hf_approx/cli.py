@@ -10,10 +10,11 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 
 import hf_approx
-from hf_approx.cards import CARD_FILE, write_card
+from hf_approx.cards import CARD_FILE, one_line, write_card
 from hf_approx.checkpoint import attach_packing
 from hf_approx.exports import check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_repo, push_folder
@@ -165,6 +166,8 @@ def export(
 @app.command()
 def card(folder: Annotated[Path, typer.Argument(help="A saved model.")]) -> None:
     """Write the model card, README.md, of a saved model, unless one was written by hand."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder.")
     if not write_card(find_checkpoint(str(folder))):
         raise ValueError(f"'{folder / CARD_FILE}' was not written by hf_approx; move it away first.")
     print(f"Wrote {folder / CARD_FILE}.")
@@ -199,7 +202,10 @@ def _show(result: Inspection, brief: bool = False) -> None:
         for row in result.rows:
             shape = " x ".join(map(str, row.shape)) or "scalar"
             sparsity = f"{row.sparsity:.2%}" if row.packed and not row.bank else "-"
-            table.add_row(row.name, shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}")
+            # A name comes from a file that anyone may have made: it is no markup, and no code for the terminal.
+            table.add_row(
+                Text(one_line(row.name)), shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}"
+            )
         console.print(table)
     console.print(
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
@@ -252,5 +258,5 @@ def main(argv: list[str] | None = None) -> Any:
     try:
         return app(argv)
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         return sys.exit(1)

@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 
 from hf_approx.cards import CARD_FILE, PICTURES, render_card
 from hf_approx.inspection import (
-    COMPANIONS,
     Inspection,
+    companions,
     describe_tensors,
     find_checkpoint,
     inspect_checkpoint,
@@ -48,8 +48,6 @@ STALE = (
     "training_args.bin",
     *PICTURES,
 )
-# State of a training, not of the model.
-PRIVATE = ("trainer_state.json", "approx_state.json", ".*")
 
 
 @dataclass(frozen=True)
@@ -166,12 +164,8 @@ def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
     weights = {path.name for path in weight_files(folder)}
     if len(weights) > 1:
         weights.add(constants.SAFETENSORS_INDEX_FILE)
-    files: dict[str, str | bytes] = {}
-    for path in sorted(folder.iterdir()):
-        companion = path.suffix in COMPANIONS and not path.name.endswith(".index.json")
-        other = path.name == CARD_FILE or path.name in PICTURES or companion
-        if path.is_file() and not _matches(path.name, PRIVATE) and (other or path.name in weights):
-            files[path.name] = str(path)
+    names = {*weights, CARD_FILE, *PICTURES, *(path.name for path in companions(folder))}
+    files: dict[str, str | bytes] = {name: str(folder / name) for name in sorted(names) if (folder / name).is_file()}
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()
     return files if packing is None else {**files, **loader_files(folder)}

@@ -20,9 +20,13 @@ ITEM_BYTES = {
     "F32": 4,
     "F16": 2,
     "BF16": 2,
+    "C64": 8,
     "I64": 8,
+    "U64": 8,
     "I32": 4,
+    "U32": 4,
     "I16": 2,
+    "U16": 2,
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
@@ -123,6 +127,8 @@ class Inspection:
 
 COMPANIONS = (".json", ".txt", ".model", ".jinja")
 """Endings of the files that belong to a model beside its weights: tokenizer, processor, chat template."""
+STATES = ("trainer_state.json", "approx_state.json")
+"""State of a training, not of a model."""
 
 
 def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
@@ -139,7 +145,9 @@ def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
     if not folder.is_dir():
         try:
             endings = [*(COMPANIONS if everything else (".json",)), ".safetensors"]
-            folder = Path(snapshot_download(path_or_repo, allow_patterns=[f"*{ending}" for ending in endings]))
+            # In folders there are other models: checkpoints of a training, or the same one for another engine.
+            patterns = [f"*{ending}" for ending in endings]
+            folder = Path(snapshot_download(path_or_repo, allow_patterns=patterns, ignore_patterns="*/*"))
         except (HFValidationError, RepositoryNotFoundError, OSError):
             raise FileNotFoundError(
                 f"'{path_or_repo}' is neither a folder nor a repository that can be reached."
@@ -147,6 +155,19 @@ def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"'{path_or_repo}' has no config.json: it is not a saved model.")
     return folder
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files that belong to the model in a folder beside its weights, in the order of their names."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix in COMPANIONS
+        and path.name not in STATES
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")  # of weight files
+    )
 
 
 def read_packing(folder: Path) -> ApproxConfig | None:

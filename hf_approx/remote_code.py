@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from hf_approx.cards import auto_class
+from hf_approx.cards import auto_class, first_architecture
 from hf_approx.checkpoint.config import LOADER
 
 LOADER_FILE = f"{LOADER}.py"
@@ -36,13 +36,13 @@ def loader_files(folder: Path) -> dict[str, bytes]:
         Contents by file name.
     """
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or [None]
-    cls = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    name = first_architecture(config)
+    cls = None if name is None else getattr(transformers, name, None)
     theirs = [ref for ref in (config.get("auto_map") or {}).values() if not str(ref).startswith(f"{LOADER}.")]
-    if theirs or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    if theirs or name is None or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         return {}
-    config["auto_map"] = {auto_class(names[0]): f"{LOADER}.{names[0]}"}
+    config["auto_map"] = {auto_class(name): f"{LOADER}.{name}"}
     return {
         "config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        LOADER_FILE: TEMPLATE.format(name=names[0]).encode(),
+        LOADER_FILE: TEMPLATE.format(name=name).encode(),
     }

@@ -100,6 +100,17 @@ def test_padding_does_not_count():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_padded_labels_of_an_encoder_decoder_do_not_count():
+    losses = []
+    for padding in (0, 5):
+        ids = torch.randint(3, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
+        labels = torch.cat([ids, torch.full((4, padding), -100)], 1)
+        held_out = [{"input_ids": row, "labels": wanted} for row, wanted in zip(ids, labels, strict=True)]
+        result = calibrate(build("t5"), DataLoader(held_out, 4), CONFIG, steps=2, held_out=DataLoader(held_out, 4))
+        losses.append(result.rounded.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_models_of_numbers_and_of_several_labels():
     regression, labels = build("bert"), build("bert")
     labels.config.problem_type = "multi_label_classification"
@@ -338,6 +349,13 @@ def test_texts_of_every_kind_of_file(tmp_path, ending):
     file = tmp_path / f"data.{ending}"
     {"csv": data.to_csv, "parquet": data.to_parquet}.get(ending, data.to_json)(str(file))
     assert read_texts(file, "sentence") == ["one", "two", "three"]
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    (tmp_path / "[v2] *.txt").write_text("mine")
+    (tmp_path / "v x.txt").write_text("another's")
+    (tmp_path / "[v2] x.txt").write_text("another's")
+    assert read_texts(tmp_path / "[v2] *.txt", "text") == ["mine"]
 
 
 def test_a_quarter_is_held_out_and_long_texts_are_cut(bert, texts, images):

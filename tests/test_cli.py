@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 from helpers import ROOT
@@ -98,6 +99,21 @@ def test_compress_then_decompress(trained, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert torch.equal(logits(tmp_path / "plain"), logits(trained))
     assert size(tmp_path / "plain") == pytest.approx(size(trained), rel=0.01)
+
+
+def test_only_files_of_the_model_come_along(packed, tmp_path):
+    """An index of other weight files would be wrong, and so would a report of what these weights were before."""
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    for name in ("pytorch_model.bin.index.json", "trainer_state.json", "approx_report.json", "chat_template.jinja"):
+        (folder / name).write_text("{}")
+    with pytest.raises(SystemExit) as exit_:
+        main(["decompress", str(folder), str(tmp_path / "plain")])
+    assert exit_.value.code == 0
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "chat_template.jinja",
+    }
 
 
 def test_inspect_counts_what_is_in_the_file(packed):
@@ -221,6 +237,41 @@ def test_the_file_cannot_name_just_any_class(trained, tmp_path, refuse, name):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def edited(trained, tmp_path):
+    """A copy of the dense checkpoint with other entries in its config."""
+
+    def make(**entries):
+        folder = shutil.copytree(trained, tmp_path / "model", dirs_exist_ok=True)
+        config = json.loads((trained / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **entries}))
+        return folder
+
+    return make
+
+
+def test_what_is_wrong_with_a_model_is_one_sentence(edited, tmp_path, refuse):
+    out = tmp_path / "out"
+    refuse("config.json is damaged", "compress", edited(hidden_size="wide"), out)
+    refuse("transformers has no model class 5", "compress", edited(architectures=5), out)
+    refuse("'bert.embeddings.LayerNorm.bias' has shape [32] instead of [64]", "compress", edited(hidden_size=64), out)
+    refuse("'bert.encoder.layer.2.attention.output.LayerNorm.bias' is m", "compress", edited(num_hidden_layers=3), out)
+    refuse("the class has no 'bert.encoder.layer.1.att", "compress", edited(num_hidden_layers=1), out)
+    for method in ("gptq", "bitsandbytes", "compressed-tensors", "unheard-of"):
+        folder = edited(quantization_config={"quant_method": method, "load_in_4bit": True})
+        refuse(f"is quantized already, by {method}", "compress", folder, out, "--bits", 3)
+    assert not out.exists()
+
+
+def test_a_card_of_a_config_without_a_list_of_architectures(edited):
+    for names in (5, [], [5], "BertForSequenceClassification", None):
+        folder = edited(architectures=names)
+        with pytest.raises(SystemExit) as exit_:
+            main(["card", str(folder)])
+        assert exit_.value.code == 0
+        assert "AutoModel.from_pretrained" in (folder / "README.md").read_text()
+
+
 def test_other_weight_files_in_the_folder_are_not_counted(packed, tmp_path, capsys):
     shutil.copytree(packed, tmp_path / "model")
     shutil.copy(packed / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
@@ -266,3 +317,25 @@ def test_a_truncated_weight_file_is_named(packed, tmp_path, refuse):
     refuse("model.safetensors is damaged", "inspect", tmp_path)
     refuse("error: ", "decompress", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_unsigned_integers_are_measured_at_their_size(tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    kinds = (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.complex64)
+    tensors = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert inspect_checkpoint(tmp_path).bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_names_in_a_file_are_neither_markup_nor_codes_for_the_terminal(tmp_path, capsys, refuse):
+    build("bert").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    save_file({"a[/b]": torch.zeros(2, 2), "c[red]": torch.zeros(2), "d\x1b[2Jx": torch.zeros(2)}, weights)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", str(tmp_path)])
+    table = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "a[/b]" in table
+    assert "c[red]" in table
+    assert "\x1b" not in table
+    refuse("clear [2J it", "inspect", "clear\x1b[2J it")

@@ -57,6 +57,13 @@ def test_training_starts_at_the_loaded_function(quantized, tmp_path):
     assert torch.equal(model.eval()(tokens).logits, plain.eval()(tokens).logits)
 
 
+def test_the_base_of_a_model_with_a_head_can_be_trained_alone(quantized):
+    model = load(quantized)
+    method = FixedPrecisionConfig().build()
+    method.attach(model.base_model)
+    assert {f"bert.{name}.weight" for name in method.modules} == model.hf_quantizer.grids.keys()
+
+
 def test_a_crash_in_the_second_phase_resumes(quantized, tmp_path):
     def trainer(folder):
         options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}

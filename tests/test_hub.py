@@ -390,6 +390,19 @@ def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
     assert set(hub.sent) == {"config.json", WEIGHTS}
 
 
+def test_a_repository_is_read_without_the_models_in_its_folders_and_never_written_to(hub, cli, folder, tmp_path):
+    other = {f"checkpoint-8/{name}": Blob(b"{}", large=False) for name in ("config.json", WEIGHTS)}
+    assert cli(["push", folder, "me/nested"], token=TOKEN)[0][0] == 0
+    repo = hub.repos["me/nested"]
+    repo.add("main", "A checkpoint", {**repo.at("main").files, **other})
+    hub.sent.clear()
+    read, card = cli(["decompress", "me/nested", tmp_path / "plain"], ["card", "me/nested"], token=TOKEN)
+    assert read[0] == 0, read
+    assert set(hub.sent) == {"config.json", WEIGHTS}
+    assert card[0] == 1
+    assert "'me/nested' is no folder" in card[2]
+
+
 def test_adapters_are_pushed_without_their_base(hub, run, tmp_path):
     run(ADAPTERS, tmp_path, TOKEN)
     pushed = files(hub, "me/adapters")

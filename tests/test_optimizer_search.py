@@ -106,9 +106,10 @@ def test_the_best_rate_of_a_quadratic_moves_with_eps_for_adam_alone(cls, moves):
     assert best[1e6] / best[1e2] == pytest.approx(moves)
 
 
-def test_a_diverged_training_is_never_the_best():
+@pytest.mark.parametrize("diverged", [math.nan, math.inf, -math.inf])
+def test_a_diverged_training_is_never_the_best(diverged):
     def score(lr, eps):
-        return math.nan if lr > 1 or eps == 1.0 else lr
+        return diverged if lr > 1 or eps == 1.0 else lr
 
     found = grid_search(score, [0.1, 1.0, 10.0], [1e-3, 1.0])
     assert found.best == (1.0, 1e-3)

@@ -239,6 +239,7 @@ def test_copies_share_their_own_bank():
         ({"templates": True}, "templates must be"),
         ({"init": "svd"}, "init must be"),
         ({"coefficients": "fixed", "recurrence": 0.1}, "set recurrence=0"),
+        ({"coefficients": "fixed", "init": "layers"}, "leave out init"),
         ({"coefficients": "free"}, "coefficients must be"),
         ({"recurrence": -1.0}, "recurrence must be"),
         ({"recurrence_warmup": 2.0}, "recurrence_warmup must be"),

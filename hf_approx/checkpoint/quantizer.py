@@ -150,7 +150,7 @@ class ApproxQuantizer(HfQuantizer):
             _replace(model, packed, dense)
         check_loaded(model)
         self.settle(model)
-        own = [ref.startswith(f"{LOADER}.") for ref in (getattr(model.config, "auto_map", None) or {}).values()]
+        own = [str(ref).startswith(f"{LOADER}.") for ref in (getattr(model.config, "auto_map", None) or {}).values()]
         if own and all(own) and not model._auto_class:
             # The file it names is only in that repository.
             del model.config.auto_map

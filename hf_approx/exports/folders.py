@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_approx.inspection import COMPANIONS, inspect_checkpoint
+from hf_approx.checkpoint import QUANT_METHOD
+from hf_approx.inspection import companions, inspect_checkpoint
+from hf_approx.report import REPORT_FILE
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,33 @@ def load_model(folder: Path) -> PreTrainedModel:
     """The model in a folder, of the class that its config names.
 
     Raises:
-        ValueError: transformers has no such class, or the folder holds another model or less than a whole one.
+        ValueError: Its config is damaged or names no class that transformers has, another library quantized it, or
+            the folder holds another model or less than a whole one.
     """
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or ["AutoModel"])[0]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from None
+    other = getattr(config, "quantization_config", None)
+    if isinstance(other, dict) and other.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"'{folder}' is quantized already, by {other.get('quant_method')}: start from a dense model.")
+    names = config.architectures or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, PreTrainedModel))):
         raise ValueError(f"transformers has no model class {name!r}.")
+    # What transformers raises for other shapes does not say which they are; its report does.
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = cls.from_pretrained(folder, output_loading_info=True)  # type: ignore[union-attr]
-    except RuntimeError as error:  # shapes that do not fit
+        model, report = cls.from_pretrained(folder, **options)  # type: ignore[union-attr]
+    except RuntimeError as error:
         raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
-    lost = sorted([*report["missing_keys"], *report["unexpected_keys"]])
-    if lost:
-        raise ValueError(f"'{folder}' does not hold a complete {name}: '{lost[0]}' is missing or unknown.")
+    shapes = sorted(report["mismatched_keys"])
+    wrong = [f"'{key}' has shape {list(there)} instead of {list(wanted)}" for key, there, wanted in shapes]
+    wrong += [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
+    wrong += [f"the class has no '{key}'" for key in sorted(report["unexpected_keys"])]
+    if wrong:
+        raise ValueError(f"'{folder}' does not hold a complete {name}: {wrong[0]}.")
     return model
 
 
@@ -83,9 +99,10 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         partial = Path(scratch) / "model"
         model.save_pretrained(partial, state_dict=state)
-        skipped = ("config.json", "generation_config.json", "model.safetensors.index.json")
-        for path in source.iterdir():
-            if path.suffix in COMPANIONS and path.name not in skipped:
+        # The report says what was measured of other weight files.
+        skipped = ("config.json", "generation_config.json", REPORT_FILE)
+        for path in companions(source):
+            if path.name not in skipped:
                 shutil.copy(path, partial / path.name)
         if finish is not None:
             finish(partial)

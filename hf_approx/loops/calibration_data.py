@@ -1,5 +1,6 @@
 """Batches to calibrate on, from a file of texts or a folder of images."""
 
+import glob
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -102,7 +103,8 @@ def read_texts(source: Path, column: str) -> list[str]:
     # A cache of its own: one that outlives the command could hand out an older file's texts.
     with tempfile.TemporaryDirectory() as cache:
         try:
-            table = load_dataset(kind, data_files=str(source), split="train", cache_dir=cache)
+            # As it is: `datasets` would take brackets and stars in a name for a pattern.
+            table = load_dataset(kind, data_files=glob.escape(str(source)), split="train", cache_dir=cache)
         except Exception as error:  # every reader has errors of its own
             raise ValueError(f"'{source}' cannot be read as {kind}: {error.__cause__ or error}") from None
         name = "text" if kind == "text" else column

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
+IGNORED = -100
+"""The label of padding, throughout transformers."""
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -33,7 +36,8 @@ class Outputs:
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
-        self._mask = "decoder_attention_mask" if config.is_encoder_decoder else "attention_mask"
+        self._decodes = bool(config.is_encoder_decoder)
+        self._mask = "decoder_attention_mask" if self._decodes else "attention_mask"
         self._problem = getattr(config, "problem_type", None)
         self._kind: Literal["classes", "labels", "numbers"] = "numbers"
         self._loss = self._equal = self._rows = 0.0
@@ -63,7 +67,9 @@ class Outputs:
             )
         if value.dim() == 4:  # channels of an image come first
             value = value.movedim(1, -1)
-        mask = batch.get(self._mask)
+        mask, labels = batch.get(self._mask), batch.get("labels")
+        if mask is None and self._decodes and isinstance(labels, Tensor):
+            mask = labels != IGNORED  # collators of encoder-decoders make labels and no mask of them
         if isinstance(mask, Tensor) and mask.shape == value.shape[:-1]:
             return value[mask.bool()].float()
         return value.flatten(0, -2).float()

@@ -11,7 +11,7 @@ from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.methods.base import Method, MethodConfig, incoming_weight
 from hf_approx.methods.rounding import GridWeight, baked_grid, reduce
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import matches
+from hf_approx.targets import matches, own_name
 
 
 @dataclass
@@ -56,7 +56,10 @@ class FixedPrecision(Method):
         """The modules whose weight has a grid; by default all of them."""
         patterns, quantizer = self._config.target_modules, getattr(model, "hf_quantizer", None)
         found = quantizer.grids if isinstance(quantizer, ApproxQuantizer) else {}
-        grids = {name.removesuffix(".weight"): grid for name, grid in found.items()}
+        names = {f"{name}.weight" for name, _ in model.named_modules()}
+        # The base model of a model with a head has its quantizer too, but not its prefix.
+        own = {own_name(name, getattr(model, "base_model_prefix", ""), names): grid for name, grid in found.items()}
+        grids = {name.removesuffix(".weight"): grid for name, grid in own.items() if name is not None}
         self._found = {
             name: grid
             for name, grid in grids.items()

@@ -11,7 +11,10 @@ from torch.optim import Optimizer
 K = TypeVar("K")
 
 Score = Callable[[float, float], float]
-"""`score(lr, eps)` trains and returns a number that is higher for better models; NaN for a training that diverged."""
+"""`score(lr, eps)` trains and returns a number that is higher for better models.
+
+NaN or an infinite number stands for a training that diverged.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,14 @@ class SearchResult:
         """The best learning rate of each eps at which some training did not diverge."""
         found = {}
         for eps in dict.fromkeys(eps for _, eps in self.scores):
-            line = {lr: score for (lr, other), score in self.scores.items() if other == eps and not math.isnan(score)}
+            line = {lr: score for (lr, other), score in self.scores.items() if other == eps and math.isfinite(score)}
             if line:
                 found[eps] = _best(line)
         return found
 
 
 def _best(scores: dict[K, float]) -> K:
-    finite = {key: score for key, score in scores.items() if not math.isnan(score)}
+    finite = {key: score for key, score in scores.items() if math.isfinite(score)}
     if not finite:
         raise ValueError("Every training diverged: search among smaller learning rates.")
     return max(finite, key=finite.__getitem__)
