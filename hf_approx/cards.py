@@ -138,9 +138,13 @@ def task_of(architecture: str) -> str | None:
 
 def auto_class(architecture: str) -> str:
     """Name of the `AutoModel` class that loads an architecture."""
-    ending = re.search(r"For[A-Za-z]+$|LMHeadModel$", architecture)
+    ending = re.search(r"For[A-Za-z]+$|LMHeadModel$|MTModel$", architecture)
     name = "" if ending is None else ending[0]
-    known = {"LMHeadModel": "ForCausalLM", "ForConditionalGeneration": "ForSeq2SeqLM"}
+    known = {
+        "LMHeadModel": "ForCausalLM",
+        "ForConditionalGeneration": "ForSeq2SeqLM",
+        "MTModel": "ForSeq2SeqLM",
+    }
     name = f"AutoModel{known.get(name, name)}"
     return name if hasattr(transformers, name) else "AutoModel"
 

@@ -197,8 +197,9 @@ class Translation(Comparison):
         return trainer
 
     def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
-        """The first eight of the validation split."""
-        batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
+        """The first of the validation split, eight at most."""
+        first = self.data["validation"].select(range(min(8, len(self.data["validation"]))))
+        batch = trainer.data_collator(list(first))
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 

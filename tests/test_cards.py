@@ -268,6 +268,7 @@ def test_a_path_is_no_base_model(folder):
 def test_classes_and_tasks():
     assert auto_class("GPT2LMHeadModel") == "AutoModelForCausalLM"
     assert auto_class("T5ForConditionalGeneration") == "AutoModelForSeq2SeqLM"
+    assert auto_class("MarianMTModel") == "AutoModelForSeq2SeqLM"
     assert auto_class("Nonsense") == auto_class("ForPipeline") == "AutoModel"
     assert task_of("ViTForImageClassification") == "image-classification"
     assert task_of("Nonsense") is None

@@ -108,7 +108,11 @@ def test_a_pretrained_model_keeps_its_tokenizer_and_gets_its_prefix(config, tmp_
     text = recipe.tokenizer.decode(recipe.data["train"][0]["input_ids"], skip_special_tokens=True)
     assert "translate: one and one".startswith(text)
     assert len(text) > len("translate: ")
-    options = [part for change in [*changes, "baseline=false", "training.max_steps=2"] for part in ("--set", change)]
+    options = [
+        part
+        for change in [*changes, "baseline=false", "training.max_steps=2", "max_eval_samples=3"]
+        for part in ("--set", change)
+    ]
     assert translation.main(["--config", str(config), "--output_dir", str(tmp_path), *options]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())
     assert list(rows) == ["compressed"]
