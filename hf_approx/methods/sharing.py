@@ -100,9 +100,7 @@ class SharingConfig(MethodConfig):
         if self.coefficients == "fixed" and self.recurrence:
             raise ValueError(f"{where}: recurrence acts on coefficients, which are fixed: set recurrence=0.")
         if self.coefficients == "fixed" and self.init == "layers":
-            raise ValueError(
-                f"{where}: fixed coefficients make templates means of layers: leave out init='layers'."
-            )
+            raise ValueError(f"{where}: fixed coefficients make templates means of layers: leave out init='layers'.")
         if self.groups is not None:
             if not isinstance(self.groups, dict) or not self.groups:
                 raise ValueError(f"{where}: groups must map names of banks to patterns, got {self.groups!r}.")
