@@ -81,7 +81,7 @@ def save(model: Generator, folder: Path, report: dict[str, Any], distance: float
     evaluation = {"metrics": {"frechet_distance": distance}}
     write_json(folder / REPORT_FILE, {**report, "about": about, "evaluation": evaluation})
     inspection = inspect_checkpoint(folder)
-    if report.get("methods") and importlib.util.find_spec("matplotlib") is not None:
+    if any(row.packed for row in inspection.rows) and importlib.util.find_spec("matplotlib") is not None:
         plot_layers(inspection, folder / "layers.png")
     write_card(folder)
     loaded = AutoModel.from_pretrained(folder)
