@@ -19,6 +19,7 @@ from transformers.utils import is_compressed_tensors_available
 from helpers import make_trainer, python
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach_packing, export_model
 from hf_approx.cli import main
+from hf_approx.exports import load_model, write_model
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid
 from hf_approx.targets import select_modules
@@ -295,7 +296,11 @@ def test_without_the_package_the_extra_is_named(packed, tmp_path, monkeypatch):
 
 def test_a_failed_write_leaves_nothing(packed, tmp_path):
     (tmp_path / "here").mkdir()
-    (packed / "folder.json").mkdir()  # a companion that cannot be copied
-    with pytest.raises(OSError):
-        export_model(packed, tmp_path / "here" / "out")
+
+    def fill_the_disk(folder):
+        assert (folder / "model.safetensors").is_file()
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_model(load_model(packed), packed, tmp_path / "here" / "out", finish=fill_the_disk)
     assert list((tmp_path / "here").iterdir()) == []
