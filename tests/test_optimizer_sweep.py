@@ -10,7 +10,18 @@ from helpers import ROOT
 from hf_approx import AvaGradConfig
 
 DIGITS = ROOT / "recipes" / "configs" / "sweep_digits.yaml"
-SMALL = ["--set", "eps_decades=[0,2]", "--set", "lrs_per_decade=1", "--set", "epochs=1", "--set", "batch_size=256"]
+SMALL = [
+    "--set",
+    "seeds=[0,1]",
+    "--set",
+    "eps_decades=[0,2]",
+    "--set",
+    "lrs_per_decade=1",
+    "--set",
+    "epochs=1",
+    "--set",
+    "batch_size=256",
+]
 
 
 def test_sweep_of_digits(tmp_path, capsys):
