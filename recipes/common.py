@@ -258,6 +258,10 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
             raise ConfigError(f"dataset: cannot load {source!r}: {error}") from None
     else:
         data = load_dataset(**options)
+    if not isinstance(data, DatasetDict | IterableDatasetDict):
+        raise ConfigError(
+            "dataset: it must have several splits; leave out 'split' and set train_split and eval_split."
+        )
     for split in (config.train_split, config.eval_split):
         if split not in data:
             raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}.")

@@ -116,6 +116,7 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("training.nonsense=1", "TrainingArguments has no option 'nonsense'"),
         ("max_train_samples=x", "max_train_samples must be a positive integer, got 'x'"),
         ("model=/no/such/model", "/no/such/model"),
+        ("dataset.split=train", "leave out 'split'"),
         ("dataset={python: 'nowhere:load'}", "cannot load 'nowhere:load'"),
         ("approx.0.target_modules=[nowhere]", "No module of BertForSequenceClassification matches"),
         ("store_dtype=int4", "not 'int4'"),
