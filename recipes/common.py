@@ -332,9 +332,12 @@ def load_seconds(folder: str | Path, auto: Any, repeats: int = 3) -> float:
 def same_logits(folder: str | Path, auto: Any, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> bool:
     """Whether the checkpoint computes bit for bit what the model in memory does."""
     loaded = auto.from_pretrained(folder).eval()
+    device = next(model.parameters()).device
     model.eval()
     with torch.no_grad():
-        return torch.equal(loaded(**inputs).logits, model.to("cpu")(**inputs).logits)
+        same = torch.equal(loaded(**inputs).logits, model.to("cpu")(**inputs).logits)
+    model.to(device)  # it may be measured or trained again
+    return same
 
 
 def write_json(path: Path, data: Any) -> None:
