@@ -242,6 +242,17 @@ def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
             raise ConfigError(f"model: {type(defaults).__name__} has no option {name!r}.")
 
 
+def fresh_model(auto: Any, model: str | dict[str, Any], scratch: Any) -> Any:
+    """A pretrained model, or one from scratch.
+
+    Args:
+        auto: The `AutoModelFor...` that makes it.
+        model: As recipes name it: where it is, or `{type: NAME, ...}`.
+        scratch: Config of the one from scratch.
+    """
+    return auto.from_config(scratch) if isinstance(model, dict) else auto.from_pretrained(resolve_model(model))
+
+
 def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
     """The data set's two splits, as `train` and `validation`; iterable if the config streams.
 

@@ -56,9 +56,11 @@ class Comparison(ABC):
         """The scores, from what `Trainer.evaluate` returned."""
         return {name: measured[name] for name in self.scores}
 
-    @abstractmethod
     def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
-        """A few inputs of the model, to compare logits on."""
+        """A few inputs of the model, to compare logits on: the first of the validation split, eight at most."""
+        data: Any = trainer.eval_dataset
+        batch = trainer.data_collator([data[i] for i in range(min(8, len(data)))])
+        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
     def trainer(
         self, name: str, compressed: bool, model: PreTrainedModel | None = None, **training: Any

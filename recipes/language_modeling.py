@@ -24,7 +24,7 @@ from transformers import (
     default_data_collator,
 )
 
-from common import ConfigError, RunConfig, check_scratch, load_splits, read_yaml, resolve_model
+from common import ConfigError, RunConfig, check_scratch, fresh_model, load_splits, read_yaml, resolve_model
 from comparison import Comparison, run
 from hf_approx import ApproxTrainer
 
@@ -144,9 +144,7 @@ class LanguageModel(Comparison):
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, or one from scratch."""
-        if isinstance(self.config.model, dict):
-            return self.auto.from_config(self.model_config)
-        return self.auto.from_pretrained(resolve_model(self.config.model))
+        return fresh_model(self.auto, self.config.model, self.model_config)
 
     def parts(self) -> dict[str, Any]:
         """Blocks of tokens; perplexity needs no logits."""

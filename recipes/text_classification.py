@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import evaluate
 import numpy as np
-from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -77,11 +76,6 @@ class Recipe(Comparison):
         # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
         trainer.model_accepts_loss_kwargs = False
         return trainer
-
-    def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
-        """The first eight of the validation split."""
-        batch = trainer.data_collator([self.data["validation"][i] for i in range(8)])
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def main(argv: list[str] | None = None) -> int:

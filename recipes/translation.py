@@ -12,7 +12,6 @@ import evaluate
 import numpy as np
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
 from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -32,6 +31,7 @@ from common import (
     RunConfig,
     check_scratch,
     first_samples,
+    fresh_model,
     load_splits,
     metric_path,
     read_yaml,
@@ -163,9 +163,7 @@ class Translation(Comparison):
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, or one from scratch."""
-        if isinstance(self.config.model, dict):
-            return self.auto.from_config(self.model_config)
-        return self.auto.from_pretrained(resolve_model(self.config.model))
+        return fresh_model(self.auto, self.config.model, self.model_config)
 
     def parts(self) -> dict[str, Any]:
         """Tokenized pairs and the metric."""
@@ -195,12 +193,6 @@ class Translation(Comparison):
         # With label smoothing the loss is not the model's, and the model needs its decoder's inputs.
         trainer.data_collator.model = trainer.accelerator.unwrap_model(trainer.model)
         return trainer
-
-    def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
-        """The first of the validation split, eight at most."""
-        first = self.data["validation"].select(range(min(8, len(self.data["validation"]))))
-        batch = trainer.data_collator(list(first))
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
 def main(argv: list[str] | None = None) -> int:
