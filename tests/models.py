@@ -36,9 +36,9 @@ def gpt2():
     return GPT2LMHeadModel(config)
 
 
-def llama():
+def llama(vocab_size=VOCAB):
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

@@ -7,9 +7,10 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, LoraConfig
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+import models
 from helpers import assert_resumes_after_crash, assert_same_weights, weights
 from hf_approx import ApproxTrainerMixin, AvaGradConfig, SmolConfig, SparsificationConfig
 from language_modeling import byte_tokenizer
@@ -39,15 +40,7 @@ def tokenizer():
 
 def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
+    return models.llama(len(tokenizer()))
 
 
 def chats():
