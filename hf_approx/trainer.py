@@ -133,7 +133,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             self._prepare_sharding(self.methods)
         self._recorder = Recorder(self.methods)
         self._schedule = _Schedule(self.methods, self._end_training)
-        cast(Trainer, self).callback_handler.callbacks.insert(0, self._schedule)
+        trainer.callback_handler.callbacks.insert(0, self._schedule)
 
     def _refuse_unsupported(self) -> None:
         trainer, name = cast(Trainer, self), type(self).__name__

@@ -67,12 +67,8 @@ class CompositeOptimizer(Optimizer):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As of one optimizer with the groups of all parts, in order, so that a sharded one can be saved too."""
-        return super().state_dict()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore what `state_dict` returned: that of one optimizer with the groups of all parts, in order.
 
         Raises:
             ValueError: The number of parameter groups differs.
