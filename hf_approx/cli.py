@@ -242,6 +242,12 @@ def _tell(result: Calibration, before: int, after: int) -> None:
         agreement = "-" if fidelity.agreement is None else f"{fidelity.agreement:.2%}"
         table.add_row(name, f"{fidelity.loss:.4g}", agreement)
     Console().print(table)
+    if result.taken == "calibrated":
+        print("The calibrated weights were written.")
+    else:
+        print(
+            "The weights rounded to the nearest were written: calibration brought the model no closer to the dense one."
+        )
 
 
 def _stored_as(row: Row) -> str:

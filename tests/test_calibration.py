@@ -3,10 +3,15 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from PIL import Image
+from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -19,12 +24,17 @@ from transformers import (
 from helpers import assert_same_weights, make_trainer, python, weights
 from hf_approx import SmolConfig, attach_packing
 from hf_approx.cli import main
-from hf_approx.loops import calibrate
+from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches, find_images, read_texts
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset
 
 CONFIG = SmolConfig(target_bits=3.0, group_size=16)
+
+
+def accelerator(precision="no"):
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision=precision)
 
 
 def batches(name, size=32, seed=0):
@@ -77,15 +87,46 @@ def test_calibration_gives_bits_to_the_layer_that_needs_them():
     assert sum(first) / len(first) > sum(second) / len(second) + 1.5
 
 
-def test_what_is_measured_is_the_divergence_from_the_dense_model():
-    model, held_out = uneven(), batches("bert", 16, 1)
-    dense = copy.deepcopy(model)
-    result = calibrate(model, batches("bert"), CONFIG, steps=4, held_out=held_out)
+@pytest.mark.parametrize(
+    ("options", "taken"), [({}, "calibrated"), ({"scale_lr": 1.0, "noise_fraction": 0.0}, "rounded")]
+)
+def test_the_better_model_is_taken_and_measured_by_its_divergence_from_the_dense_one(options, taken):
+    config = replace(CONFIG, **options)
+    model, held_out = uneven(), batches("bert", 13, 1)
+    dense, nearest = copy.deepcopy(model), copy.deepcopy(model)
+    result = calibrate(model, batches("bert"), config, steps=20, held_out=held_out)
+    assert result.taken == taken
+    assert (result.calibrated.loss < result.rounded.loss) == (taken == "calibrated")
+    round_weights(nearest, config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), nearest.parameters(), strict=True)) == (
+        taken == "rounded"
+    )
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    measured = result.calibrated if taken == "calibrated" else result.rounded
     inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
     with torch.no_grad():
         before, after = (m(**inputs).logits.log_softmax(-1) for m in (dense, model))
-    assert result.calibrated.loss == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
-    assert result.calibrated.agreement == float((before.argmax(-1) == after.argmax(-1)).float().mean())
+    assert measured.loss == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
+    assert measured.agreement == pytest.approx(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
+
+
+def test_without_target_bits_there_is_nothing_to_round_to():
+    config = SmolConfig(target_bits=None, group_size=16)
+    result = calibrate(uneven(), batches("bert"), config, steps=2, held_out=batches("bert", 8, 1))
+    assert result.rounded is None
+    assert result.calibrated is not None
+    assert result.taken == "calibrated"
+
+
+def test_the_loss_of_numbers_is_a_share_of_their_size_over_all_batches():
+    model = build("bert").bert.eval()
+    dense, held_out = copy.deepcopy(model), batches("bert", 13, 1)
+    result = calibrate(model, batches("bert"), CONFIG, steps=2, held_out=held_out)
+    inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
+    with torch.no_grad():
+        before, after = (m(**inputs).last_hidden_state for m in (dense, model))
+    measured = result.calibrated if result.taken == "calibrated" else result.rounded
+    assert measured.loss == pytest.approx(float((before - after).square().sum() / before.square().sum()), rel=1e-3)
 
 
 def test_padding_does_not_count():
@@ -130,7 +171,9 @@ def test_models_of_numbers_and_of_several_labels():
 
 def test_inputs_of_layers_can_be_quantized_too():
     model = uneven()
-    result = calibrate(model, batches("bert"), SmolConfig(target_bits=4.0, group_size=16, activations=True), steps=20)
+    config = SmolConfig(target_bits=4.0, group_size=16, activations=True)
+    result = calibrate(model, batches("bert"), config, steps=20, held_out=batches("bert", 8, 1))
+    assert result.taken == "calibrated"
     quantizer = model.bert.encoder.layer[0].output.dense.input_quantizer
     assert quantizer.limit > 0
     assert float(quantizer.bits.mean()) == pytest.approx(8, abs=1)
@@ -153,16 +196,50 @@ def test_the_same_seed_gives_the_same_model():
         (DataLoader([torch.ones(2)]), {}, "must be mappings"),
         (batches("bert"), {"steps": 1}, "steps must be"),
         (batches("bert"), {"config": SmolConfig(target_modules=["nothing"])}, "No module"),
+        (batches("bert"), {"held_out": DataLoader([])}, "nothing to measure"),
     ],
 )
-def test_what_cannot_be_calibrated_is_left_alone(loader, options, message):
-    model = build("bert").train()
-    before = weights(model)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_cannot_be_calibrated_is_left_alone(loader, options, message, precision):
+    model = build("bert").eval()
+    before, wanted = weights(model), model(**batch("bert")).logits
+    model.train()
     with pytest.raises(ValueError, match=message):
-        calibrate(model, loader, **options)
+        calibrate(model, loader, **options, accelerator=accelerator(precision))
     assert_same_weights(weights(model), before)
     assert all(param.requires_grad for param in model.parameters())
     assert model.training
+    assert torch.equal(model.eval()(**batch("bert")).logits, wanted)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharding_is_refused(kind, monkeypatch):
+    model, sharding = build("bert"), accelerator()
+    before = weights(model)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    with pytest.raises(ValueError, match=f"{kind.value} shards; launch without it"):
+        calibrate(model, batches("bert"), CONFIG, steps=2, held_out=batches("bert", 8, 1), accelerator=sharding)
+    assert_same_weights(weights(model), before)
+
+
+def test_rounding_without_data_refuses_to_quantize_inputs():
+    model = build("bert")
+    before = weights(model)
+    with pytest.raises(ValueError, match="set activations=False, or use calibrate"):
+        round_weights(model, SmolConfig(activations=True))
+    assert_same_weights(weights(model), before)
+
+
+def test_after_bf16_the_model_computes_in_its_own_precision_and_can_be_prepared_again():
+    model = uneven()
+    calibrate(model, batches("bert"), CONFIG, steps=2, accelerator=accelerator("bf16"))
+    own = AutoModelForSequenceClassification.from_config(model.config).eval()
+    own.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        exact, again = own(**batch("bert")).logits, model(**batch("bert")).logits
+        assert torch.equal(again, exact)
+        rounded = accelerator("bf16").prepare(model)(**batch("bert")).logits
+    assert not torch.equal(rounded, exact)
 
 
 @pytest.mark.parametrize("others", [True, False], ids=["others train", "others frozen"])
@@ -277,6 +354,19 @@ def test_compress_to_bits(name, auto, request, tokenizer, texts, images, tmp_pat
     python(RELOAD, auto.__name__, tmp_path / "out", name, tmp_path / "logits.pt")
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), small(**batch(name)).logits)
+
+
+def test_what_is_closer_to_the_dense_model_is_written_and_said(bert, texts, tmp_path, capsys):
+    """Two steps are too few to gain anything over rounding to 6 bits, and enough at 3 bits."""
+    for bits, said in ((6, "The weights rounded to the nearest were written"), (3, "The calibrated weights were")):
+        calibrated, nearest = tmp_path / f"calibrated{bits}", tmp_path / f"nearest{bits}"
+        source = ("--bits", bits, "--calibration", texts, "--steps", 2, "--batch-size", 10)
+        assert run("compress", bert, calibrated, *source) == 0
+        assert said in capsys.readouterr().out
+        assert run("compress", bert, nearest, "--bits", bits) == 0
+        models = [AutoModelForSequenceClassification.from_pretrained(path) for path in (calibrated, nearest)]
+        same = [torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True)]
+        assert all(same) == (bits == 6)
 
 
 def test_without_data_weights_are_rounded_and_zeros_stay(bert, tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from helpers import ROOT, assert_same_weights, launch, weights
-from scripts import avagrad_fsdp
+from scripts import avagrad_fsdp, calibrate_ddp
 
 SCRIPTS = ROOT / "tests" / "scripts"
 
@@ -88,3 +88,15 @@ def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
     sharded = torch.load(tmp_path / "sharded.pt")
     for name, param in model.named_parameters():
         torch.testing.assert_close(sharded[name], param.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_calibration_measures_does_not_depend_on_the_number_of_processes(tmp_path):
+    launch(SCRIPTS / "calibrate_ddp.py", tmp_path, processes=2)
+    ranks = [torch.load(tmp_path / f"rank{i}.pt") for i in range(2)]
+    for kind in calibrate_ddp.KINDS:
+        one, first, second = calibrate_ddp.measure(kind, 1), *(rank[kind] for rank in ranks)
+        assert_same_weights(first["model"], second["model"])
+        for way in ("rounded", "calibrated"):
+            assert first[way] == second[way], (kind, way)
+            assert first[way]["loss"] == pytest.approx(one[way]["loss"], rel=1e-4), (kind, way)
+            assert first[way]["agreement"] == one[way]["agreement"], (kind, way)

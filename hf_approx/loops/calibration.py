@@ -7,11 +7,11 @@ this project's way to use SMOL on models that cannot be trained again, and not i
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import DistributedType, tqdm
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -22,6 +22,7 @@ from hf_approx.packing import Grid
 
 STEPS = 200
 """Default length of the calibration."""
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Calibration:
         grids: Their grids, for `attach_packing`.
         bits: Average bits of their weights that are not zero.
         rounded: How well the model does on held-out batches if its weights are only rounded to as many bits, to the
-            nearest; None if there are no such batches.
-        calibrated: The same of the model as it is now.
+            nearest; None if there are no such batches, or no target bits.
+        calibrated: The same with the precisions and scales that were learned; None if there are no such batches.
+        taken: Which of the two the model is now.
     """
 
     names: list[str]
@@ -42,6 +44,7 @@ class Calibration:
     bits: float
     rounded: Fidelity | None
     calibrated: Fidelity | None
+    taken: Literal["rounded", "calibrated"]
 
 
 def calibrate(
@@ -59,6 +62,9 @@ def calibrate(
     predicts several labels at once), else the mean squared difference over the mean square, of regression outputs or
     the last hidden state. Padding does not count.
 
+    Where the model is no closer to its old self on the held-out batches than if its weights were only rounded to the
+    nearest, they are: the result says so. Not if inputs of layers are quantized, which needs what is learned.
+
     Args:
         model: Changed in place: afterwards its target weights are on grids. `attach_packing(model, result.names,
             grids=result.grids)` makes it save them packed.
@@ -66,20 +72,29 @@ def calibrate(
             `steps` wants.
         config: Of the method; `train_weights` is taken for False.
         steps: Optimizer steps.
-        held_out: Batches to measure the result on.
-        accelerator: Default: a new one. Its trackers get the loss and the average bits of every step.
+        held_out: Batches to measure the result on, each example once, however many processes share them.
+        accelerator: Default: a new one. Its trackers get the loss and the average bits of every step. It must not
+            shard the model.
 
     Raises:
         ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
     """
     accelerator = accelerator or Accelerator()
+    if accelerator.distributed_type in SHARDING:
+        raise ValueError(
+            f"calibrate: weights cannot be rounded in a model that {accelerator.distributed_type.value} shards; launch "
+            "without it, as recipes/accelerate/multi_gpu.yaml does."
+        )
     if accelerator.mixed_precision == "fp16" or accelerator.gradient_accumulation_steps != 1:
         raise ValueError("calibrate: use bf16 or no mixed precision, and no gradient accumulation.")
+    if held_out is not None and accelerator.num_processes > 1 and not accelerator.even_batches:
+        raise ValueError("calibrate: processes measure held-out batches together; leave even_batches at True.")
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(f"calibrate: steps must be a whole number >= 2, got {steps!r}.")
     config = replace(config or SmolConfig(), train_weights=False)
-    with _in_eval_mode(model):
-        rounded = None if held_out is None else _rounded(model, config, held_out, accelerator)
+    with _borrowed(model, accelerator):
+        nothing = held_out is None or config.target_bits is None
+        rounded = None if nothing else _rounded(model, config, cast(Any, held_out), accelerator)
         method = config.build()
         method.attach(model)
         try:
@@ -88,12 +103,14 @@ def calibrate(
         except BaseException:
             method.detach()
             raise
-        finally:
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        method.settle()
+        # A loss that is no number is worse than any.
+        worse = calibrated is not None and rounded is not None and not calibrated.loss <= rounded.loss
+        if worse and not config.activations:
+            method.detach()
+            return replace(round_weights(model, config), rounded=rounded, calibrated=calibrated)
         bits = method.metrics()["bits"]
         names = method.finalize()
-    return Calibration(names, method.grids, bits, rounded, calibrated)
+    return Calibration(names, method.grids, bits, rounded, calibrated, "calibrated")
 
 
 def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> Calibration:
@@ -106,18 +123,24 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
         config: Of the method.
 
     Raises:
-        ValueError: The config does not fit the model, which is then unchanged.
+        ValueError: The config does not fit the model or wants `activations`. The model is then unchanged.
     """
-    method = replace(config or SmolConfig(), activations=False).build()
+    config = config or SmolConfig()
+    if config.activations:
+        raise ValueError(
+            "round_weights: the limits of inputs are learned from data; set activations=False, or use calibrate."
+        )
+    method = config.build()
     method.attach(model)
     method.settle()
     bits = method.metrics()["bits"]
-    return Calibration(method.finalize(), method.grids, bits, None, None)
+    return Calibration(method.finalize(), method.grids, bits, None, None, "rounded")
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within, the model is in eval mode and its parameters are frozen; both end as they were."""
+def _borrowed(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Within, the model is in eval mode, its parameters are frozen, and accelerate prepares it; all of that ends."""
+    prepared = getattr(model, "_is_accelerate_prepared", False)
     training = {module: module.training for module in model.modules()}
     trained = [param for param in model.parameters() if param.requires_grad]
     for param in trained:
@@ -126,6 +149,9 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if not prepared:
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            vars(model).pop("_is_accelerate_prepared", None)
         for param in trained:
             param.requires_grad_(True)
         for module, mode in training.items():
@@ -212,5 +238,5 @@ def _measure(method: Smol, model: nn.Module, held_out: DataLoader[Any], accelera
     for batch in accelerator.prepare(held_out):
         with _dense(method):
             wanted = outputs.rows(model, batch)
-        outputs.add(outputs.rows(model, batch), wanted)
-    return outputs.total(accelerator)
+        outputs.add(outputs.rows(model, batch), wanted, accelerator)
+    return outputs.total()
