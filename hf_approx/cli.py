@@ -245,9 +245,7 @@ def _tell(result: Calibration, before: int, after: int) -> None:
     if result.taken == "calibrated":
         print("The calibrated weights were written.")
     else:
-        print(
-            "The weights rounded to the nearest were written: calibration brought the model no closer to the dense one."
-        )
+        print("The weights rounded to the nearest were written: they are closer to the dense model.")
 
 
 def _stored_as(row: Row) -> str:

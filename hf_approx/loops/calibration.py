@@ -62,8 +62,8 @@ def calibrate(
     predicts several labels at once), else the mean squared difference over the mean square, of regression outputs or
     the last hidden state. Padding does not count.
 
-    Where the model is no closer to its old self on the held-out batches than if its weights were only rounded to the
-    nearest, they are: the result says so. Not if inputs of layers are quantized, which needs what is learned.
+    If on the held-out batches the model would be closer to its old self with weights that are only rounded to the
+    nearest, it gets those, and the result says so. Where inputs of layers are quantized, what was learned stays.
 
     Args:
         model: Changed in place: afterwards its target weights are on grids. `attach_packing(model, result.names,
@@ -82,8 +82,8 @@ def calibrate(
     accelerator = accelerator or Accelerator()
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
-            f"calibrate: weights cannot be rounded in a model that {accelerator.distributed_type.value} shards; launch "
-            "without it, as recipes/accelerate/multi_gpu.yaml does."
+            f"calibrate: weights cannot be rounded in a model that {accelerator.distributed_type.value} shards; "
+            "launch without it, as recipes/accelerate/multi_gpu.yaml does."
         )
     if accelerator.mixed_precision == "fp16" or accelerator.gradient_accumulation_steps != 1:
         raise ValueError("calibrate: use bf16 or no mixed precision, and no gradient accumulation.")
@@ -93,8 +93,9 @@ def calibrate(
         raise ValueError(f"calibrate: steps must be a whole number >= 2, got {steps!r}.")
     config = replace(config or SmolConfig(), train_weights=False)
     with _borrowed(model, accelerator):
-        nothing = held_out is None or config.target_bits is None
-        rounded = None if nothing else _rounded(model, config, cast(Any, held_out), accelerator)
+        rounded = None
+        if held_out is not None and config.target_bits is not None:
+            rounded = _rounded(model, config, held_out, accelerator)
         method = config.build()
         method.attach(model)
         try:

@@ -104,7 +104,9 @@ class Outputs:
         distances, weights = self._distances(rows, wanted)
         columns = torch.stack([distances, weights, equal, torch.ones_like(equal)], 1)
         sums = torch.stack([example.sum(0) for example in columns.split(self._examples.tolist())])
-        self._sums += accelerator.gather_for_metrics(sums).cpu().double().sum(0)
+        if accelerator.num_processes > 1:
+            sums = accelerator.gather_for_metrics(sums)
+        self._sums += sums.cpu().double().sum(0)
 
     def total(self) -> Fidelity:
         """Of all batches, on all processes.

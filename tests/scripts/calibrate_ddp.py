@@ -1,4 +1,4 @@
-"""Calibrate tiny models on the global batch, whatever the number of processes; write what was measured and what is left."""
+"""Calibrate tiny models on the global batch, whatever the number of processes; write what each process measured."""
 
 import sys
 from dataclasses import asdict
