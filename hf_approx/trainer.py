@@ -1,6 +1,5 @@
 """Trainers that compress while they fine-tune."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
+from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
@@ -29,7 +29,7 @@ from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.trainer_checkpoint import CheckpointMixin, as_json, identity
 from hf_approx.trainer_sharded import sharding_problem
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class _Schedule(TrainerCallback):

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +18,13 @@ from transformers.trainer_utils import has_length
 from hf_approx.cards import CARD_FILE, PICTURES, is_ours, write_card
 from hf_approx.hub import ARGUMENTS_FILE, license_of, push_folder
 from hf_approx.inspection import inspect_checkpoint
+from hf_approx.logs import get_logger
 from hf_approx.plots import plot_layers
 from hf_approx.report import REPORT_FILE
 from hf_approx.report_plots import has_history, plot_training
 from hf_approx.similarity_plots import plot_similarity
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NOT_MEASUREMENTS = ("epoch", "_runtime", "_per_second", "_time")
 FILE_LOADERS = ("csv", "json", "pandas", "parquet", "text")

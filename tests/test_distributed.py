@@ -81,6 +81,11 @@ def test_both_processes_end_with_the_same_precisions(tmp_path):
     assert reports[0]["totals"]["bits"] == pytest.approx(3.0, abs=0.02)
 
 
+def test_a_warning_of_a_method_is_given_once():
+    ended = launch(SCRIPTS / "warn_ddp.py", processes=2)
+    assert ended.stderr.count("bits instead of 2.5; choose a finer granularity") == 1
+
+
 def test_avagrad_on_sharded_parameters_equals_one_process(tmp_path):
     launch(SCRIPTS / "avagrad_fsdp.py", tmp_path / "sharded.pt", processes=2)
     model = avagrad_fsdp.build()

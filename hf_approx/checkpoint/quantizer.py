@@ -1,6 +1,5 @@
 """The transformers hook: packed weights load with `from_pretrained` and save with `save_pretrained`."""
 
-import logging
 from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from hf_approx.checkpoint.activations import activations_of, check_buffers, chec
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
 from hf_approx.checkpoint.zeros import mask_gradient
+from hf_approx.logs import get_logger
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import (
     Grid,
@@ -34,7 +34,7 @@ from hf_approx.packing import (
 from hf_approx.structures import apply_description, own_description, set_sizes
 from hf_approx.targets import has_adapters, own_name
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Entry = TypeVar("Entry")
 

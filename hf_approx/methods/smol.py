@@ -7,7 +7,6 @@ Where the text of the paper could not be read, the equations are this project's 
 the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
 """
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
 from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_parameter
 from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
@@ -35,7 +35,7 @@ from hf_approx.modules.sharded import piece, piece_of, whole, write
 from hf_approx.packing.grid import MAX_BITS, expand
 from hf_approx.targets import Patterns, matches
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NOISE_FRACTION = 0.5
 """Default share of training with noise."""
