@@ -9,10 +9,14 @@ try:
     import evaluate
 except ModuleNotFoundError:
     raise ModuleNotFoundError("hf_approx.metrics needs evaluate: pip install 'hf-approx[demo]'.") from None
+from torch import nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.hub import inspect_repo
 from hf_approx.inspection import Inspection, find_checkpoint, inspect_checkpoint
+from hf_approx.methods.base import parametrizations
+from hf_approx.modules.bank import SharedWeight
 
 
 class Compression(evaluate.Metric):
@@ -24,7 +28,7 @@ class Compression(evaluate.Metric):
 
     Args:
         model: Folder of a saved model, Hub repository id (its config and headers are read), or a model
-            in memory, which is measured as it would be saved.
+            in memory, which is measured as it would be saved, once its training has ended.
         config_name: As in every metric of `evaluate`.
         **options: Those of `evaluate.Metric`.
     """
@@ -62,7 +66,7 @@ class Compression(evaluate.Metric):
             first, as every metric.
 
         Raises:
-            ValueError: There is no model.
+            ValueError: There is no model, or methods are at work on it: what it will be is not known yet.
             FileNotFoundError: The path or repository holds none.
             PackedFormatError: It is damaged.
         """
@@ -82,10 +86,25 @@ class Compression(evaluate.Metric):
         }
 
 
+def _in_training(module: nn.Module) -> bool:
+    """Whether a method turns the module's weight into another; sharing, which lasts, aside."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    # Others, such as weight normalization, are part of some models.
+    own = [part for part in parametrizations(module) if type(part).__module__.startswith("hf_approx.")]
+    return any(not isinstance(part, SharedWeight) for part in own)
+
+
 def _inspect(model: str | Path | PreTrainedModel) -> Inspection:
     if not isinstance(model, PreTrainedModel):
         there = Path(model).exists()
         return inspect_checkpoint(find_checkpoint(str(model))) if there else inspect_repo(str(model))
+    for name, module in model.named_modules():
+        if _in_training(module):
+            raise ValueError(
+                f"Compression: a method is at work on '{name}', and its masks or precisions are no part of the model; "
+                "measure the model after training."
+            )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return inspect_checkpoint(Path(folder))

@@ -6,10 +6,20 @@ import evaluate
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import hf_approx.metrics
 from helpers import ROOT
-from hf_approx import attach_packing
+from hf_approx import (
+    LayerDroppingConfig,
+    MagnitudePruningConfig,
+    MovementPruningConfig,
+    SharingConfig,
+    SmolConfig,
+    SparsificationConfig,
+    UniformQuantizationConfig,
+    attach_packing,
+)
 from hf_approx.metrics import Compression
 from hf_approx.packing import Grid
 from hf_approx.targets import select_modules
@@ -99,6 +109,42 @@ def test_bits_are_those_stored(tmp_path):
     found = Compression().compute(model=tmp_path)
     assert found["bits"] == pytest.approx(8 * sum(len(stored[name]) for name in names) / weights)
     assert 4 < found["bits"] < 4.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparsificationConfig(),
+        SparsificationConfig(granularity="head", target_sparsity=0.5),
+        LayerDroppingConfig(target_sparsity=0.5),
+        MagnitudePruningConfig(),
+        MovementPruningConfig(),
+        SmolConfig(target_bits=4.0, activations=True),
+        UniformQuantizationConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_model_in_training_is_refused_until_the_method_is_done(config):
+    model, dense = build("bert"), Compression(build("bert")).compute()
+    method = config.build()
+    method.attach(model)
+    with pytest.raises(ValueError, match=r"at work on 'bert.*measure the model after training"):
+        Compression(model).compute()
+    method.detach()
+    assert Compression(model).compute() == dense
+    method.attach(model)
+    attach_packing(model, method.finalize(), grids=method.grids)
+    assert Compression(model).compute()["bytes"] < dense["bytes"]
+
+
+def test_parametrizations_that_are_part_of_a_model_are_measured():
+    shared, dense = build("bert"), Compression(build("bert")).compute()
+    SharingConfig(templates=0.5).build().attach(shared)
+    assert Compression(shared).compute()["bytes"] < dense["bytes"]
+    normalized = build("bert")
+    nn.utils.parametrizations.weight_norm(normalized.classifier)
+    found = Compression(normalized).compute()
+    assert found["bytes"] == dense["bytes"] + 4 * normalized.classifier.out_features
 
 
 def test_what_is_missing_is_said(tmp_path):
