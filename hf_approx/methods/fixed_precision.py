@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
-from hf_approx.methods.base import Method, MethodConfig, incoming_weight
-from hf_approx.methods.rounding import GridWeight, baked_grid, reduce
+from hf_approx.methods.base import MethodConfig, incoming_weight
+from hf_approx.methods.grids import GridMethod
+from hf_approx.methods.rounding import GridWeight, reduce
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import matches, own_name
 
@@ -36,11 +37,10 @@ class FixedPrecisionConfig(MethodConfig):
         return FixedPrecision(self)
 
 
-class FixedPrecision(Method):
+class FixedPrecision(GridMethod):
     """See [`FixedPrecisionConfig`]."""
 
     name = "fixed_precision"
-    quantizes = True
 
     def __init__(self, config: FixedPrecisionConfig) -> None:
         super().__init__()
@@ -87,15 +87,6 @@ class FixedPrecision(Method):
 
     def settle(self) -> None:
         """The bits are fixed from the start."""
-
-    def bake(self) -> list[str]:
-        """Leave weights on their grids, which are then in `grids`."""
-        modules, roundings = dict(self.modules), dict(self.parametrizations)
-        names = super().bake()
-        for name, module in modules.items():
-            grid = cast(GridWeight, roundings[name]).grid
-            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), grid)
-        return names
 
     @property
     def is_final(self) -> bool:

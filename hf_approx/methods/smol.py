@@ -19,12 +19,12 @@ from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
 from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight, trained_parameter
 from hf_approx.methods.budget import Target, check_fraction, cubic_ramp, plan
+from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.noise import NoiseLaw, NoisyWeight
 from hf_approx.methods.precision import TOLERANCE, Budget, map_entropy, precision, steer
 from hf_approx.methods.rounding import (
     SCALE_DTYPE,
     PartGranularity,
-    baked_grid,
     fit_scale,
     governed,
     parts_shape,
@@ -157,11 +157,10 @@ class SmolConfig(MethodConfig):
         return Smol(self)
 
 
-class Smol(Method):
+class Smol(GridMethod):
     """See [`SmolConfig`]."""
 
     name = "smol"
-    quantizes = True
 
     def __init__(self, config: SmolConfig) -> None:
         super().__init__()
@@ -384,13 +383,10 @@ class Smol(Method):
 
     def bake(self) -> list[str]:
         """Leave weights on their grids, which are then in `grids`, and quantizers of the inputs in the layers."""
-        modules, noises = dict(self.modules), self.noises
         names = super().bake()
         self._thaw()
-        for (name, module), noise in zip(modules.items(), noises, strict=True):
-            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), noise.grid)
         for name, quantizer in self.activations.items():
-            install(modules[name], quantizer.inference().train(modules[name].training))
+            install(self.modules[name], quantizer.inference().train(self.modules[name].training))
         return names
 
     @property

@@ -11,8 +11,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.base import Method, MethodConfig, effective_weight, incoming_weight
-from hf_approx.methods.rounding import GridWeight, baked_grid, fit_scale, parts_shape
+from hf_approx.methods.base import MethodConfig, effective_weight, incoming_weight
+from hf_approx.methods.grids import GridMethod
+from hf_approx.methods.rounding import GridWeight, fit_scale, parts_shape
 from hf_approx.modules.sharded import write
 from hf_approx.packing.grid import MAX_BITS
 
@@ -70,11 +71,10 @@ class LateGridWeight(GridWeight):
         return weight if self.late else super().forward(weight)
 
 
-class UniformQuantization(Method):
+class UniformQuantization(GridMethod):
     """See [`UniformQuantizationConfig`]."""
 
     name = "uniform"
-    quantizes = True
 
     def __init__(self, config: UniformQuantizationConfig) -> None:
         super().__init__()
@@ -108,15 +108,6 @@ class UniformQuantization(Method):
         for name, rounding in self.parametrizations.items():
             if isinstance(rounding, LateGridWeight) and rounding.late:
                 rounding.round(incoming_weight(self.modules[name], rounding))
-
-    def bake(self) -> list[str]:
-        """Leave weights on their grids, which are then in `grids`."""
-        modules, roundings = dict(self.modules), dict(self.parametrizations)
-        names = super().bake()
-        for name, module in modules.items():
-            grid = cast(GridWeight, roundings[name]).grid
-            self.grids[f"{name}.weight"] = baked_grid(module.get_parameter("weight").detach(), grid)
-        return names
 
     @property
     def is_final(self) -> bool:

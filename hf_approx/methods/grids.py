@@ -1,0 +1,20 @@
+"""What the methods that put weights on grids have in common."""
+
+from typing import cast
+
+from hf_approx.methods.base import Method
+from hf_approx.methods.rounding import GridWeight, baked_grid
+
+
+class GridMethod(Method):
+    """A method whose parametrizations are all `GridWeight`."""
+
+    quantizes = True
+
+    def bake(self) -> list[str]:
+        """Leave weights on their grids, which are then in `grids`."""
+        names = super().bake()
+        for name, rounding in self.parametrizations.items():
+            weight = self.modules[name].get_parameter("weight").detach()
+            self.grids[f"{name}.weight"] = baked_grid(weight, cast(GridWeight, rounding).grid)
+        return names
