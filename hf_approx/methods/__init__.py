@@ -1,4 +1,7 @@
-"""The compression methods, one file each. A new method is a file and a line in `METHODS`."""
+"""The compression methods, one file each, long configs beside theirs.
+
+A new method is a file and a line in `METHODS`.
+"""
 
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.dropping import LayerDropping, LayerDroppingConfig
@@ -7,8 +10,10 @@ from hf_approx.methods.magnitude import MagnitudePruning, MagnitudePruningConfig
 from hf_approx.methods.movement import MovementPruning, MovementPruningConfig
 from hf_approx.methods.sharing import SharingConfig, SoftSharing
 from hf_approx.methods.similarity import block_similarity, layer_similarity
-from hf_approx.methods.smol import Smol, SmolConfig
-from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
+from hf_approx.methods.smol import Smol
+from hf_approx.methods.smol_config import SmolConfig
+from hf_approx.methods.sparsification import ContinuousSparsification
+from hf_approx.methods.sparsification_config import SparsificationConfig
 from hf_approx.methods.uniform import UniformQuantization, UniformQuantizationConfig
 
 METHODS: dict[str, type[MethodConfig]] = {

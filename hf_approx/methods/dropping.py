@@ -13,7 +13,8 @@ from torch import nn
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import check_fraction
 from hf_approx.methods.masks import SigmoidMask
-from hf_approx.methods.sparsification import ContinuousSparsification, SparsificationConfig
+from hf_approx.methods.sparsification import ContinuousSparsification
+from hf_approx.methods.sparsification_config import SparsificationConfig
 
 
 @dataclass
