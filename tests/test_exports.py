@@ -18,6 +18,7 @@ from transformers.utils import is_compressed_tensors_available
 
 from helpers import make_trainer, python
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach_packing, export_model
+from hf_approx.cards import render_card
 from hf_approx.cli import main
 from hf_approx.exports import load_model, write_model
 from hf_approx.loops import round_weights
@@ -123,6 +124,29 @@ def test_a_trained_llama_loads_in_a_process_without_hf_approx(smol, tmp_path):
     for folder, options in (("dense", {}), ("integers", {"quantization_config": decode})):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, **options)
         assert torch.equal(compute(model, "llama"), expected)
+
+
+@needs_package
+def test_the_card_of_an_export(smol, tmp_path, capsys):
+    """It says what was measured, how to load it, and not that integers are dense."""
+    export_model(smol, tmp_path / "integers", "compressed-tensors")
+    export_model(smol, tmp_path / "dense")
+    card, plain = (render_card(tmp_path / name) for name in ("integers", "dense"))
+    for text in (card, plain):
+        assert "compressed with smol while it was trained" in text
+        assert "Exported from a packed model with the same weights" in text
+        assert "import hf_approx" not in text
+    assert "Quantized weights are stored in the format compressed-tensors" in card
+    assert "pip install compressed-tensors" in card
+    assert "ordinary checkpoint" not in card
+    assert "tensors dense" not in card
+    assert "An ordinary checkpoint" in plain
+    assert "tensors dense" in plain
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "integers")])
+    printed = capsys.readouterr().out
+    assert "bytes, quantized in the format compressed-tensors." in printed
+    assert "dense" not in printed
 
 
 @needs_package
@@ -253,7 +277,7 @@ def test_a_class_that_transformers_cannot_load_from_the_format_is_refused(tmp_pa
     """T5 initializes the weights of its layers by name, and packed layers have none."""
     model = build("t5").eval()
     save(model, tmp_path / "packed", make_grids(model))
-    with pytest.raises(ValueError, match="cannot load a T5ForConditionalGeneration from compressed-tensors.*dense"):
+    with pytest.raises(ValueError, match=r"cannot load a T5ForConditionalGeneration from compressed-tensors.*dense"):
         export_model(tmp_path / "packed", tmp_path / "out", "compressed-tensors")
     assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer
-from hf_approx.exports.folders import Export, write_model
+from hf_approx.exports.folders import Export, exported_report, write_model
 from hf_approx.packing import Grid, QuantizedSpec, SharedSpec, TensorSpec, dtype_name, expand
 
 WIDTHS = (4, 8)
 """Bits of an integer. Others exist, but few engines have kernels for them and their layout has changed."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that share a scale in the kernels of vLLM."""
 
 MERGED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers of one module that engines merge into one, which is then packed or dense as a whole."""
@@ -75,8 +78,9 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
         _write_config(model, folder, scheme, list(packed))
         _load(type(model), folder)
 
-    written = write_model(model, source, output, state, finish)
-    return Export(output, written, tuple(packed), scheme.weights.num_bits, dense)
+    written = write_model(model, source, output, state, exported_report(source), finish)
+    weights = scheme.weights
+    return Export(output, written, tuple(packed), weights.num_bits, weights.group_size or 0, dense)
 
 
 def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mapping[str, Grid]) -> dict[str, str]:
@@ -124,10 +128,10 @@ def _scheme(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Any:
     sizes = [weights[name].shape[1] for name in grids]
     runs = [-(-size // grid.scale.shape[1]) for size, grid in zip(sizes, grids.values(), strict=True)]
     channel = runs == sizes
+    common = math.gcd(*sizes, *runs)
+    group = next((size for size in reversed(GROUP_SIZES) if common % size == 0), common)
     args = QuantizationArgs(
-        num_bits=width,
-        strategy="channel" if channel else "group",
-        group_size=None if channel else math.gcd(*sizes, *runs),
+        num_bits=width, strategy="channel" if channel else "group", group_size=None if channel else group
     )
     return QuantizationScheme(
         targets=[name.removesuffix(".weight") for name in grids], weights=args, format="pack-quantized"
@@ -149,8 +153,10 @@ def _integers(weight: Tensor, grid: Grid, scheme: Any) -> dict[str, Tensor] | No
 
 def _load(cls: type[PreTrainedModel], folder: Path) -> None:
     """Raise `ValueError` unless transformers loads the model that was written."""
+    options: dict[str, Any] = {"output_loading_info": True}
+    report: Mapping[str, set[str]]
     try:
-        _, report = cls.from_pretrained(folder, output_loading_info=True)
+        _, report = cls.from_pretrained(folder, **options)  # type: ignore[misc]
     except Exception as error:  # of the initialization that each class has for weights it misses
         cause = f"{type(error).__name__}: {error}"
     else:
