@@ -22,6 +22,7 @@ from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_check
 from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig
+from hf_approx.packing import MAX_BITS
 from hf_approx.plots import plot_layers
 
 app = typer.Typer(
@@ -67,6 +68,14 @@ def compress(
     bits: Annotated[
         float | None, typer.Option(help="Quantize to so many bits a weight, on average.", show_default=False)
     ] = None,
+    max_bits: Annotated[
+        int,
+        typer.Option(
+            help="With --bits: at most so many for any weight; 3 lets it be exported as integers of 4 bits.",
+            min=1,
+            max=MAX_BITS,
+        ),
+    ] = MAX_BITS,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -102,7 +111,7 @@ def compress(
     names = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
     result = None
     if bits is not None:
-        config = SmolConfig(target_bits=bits, seed=seed)
+        config = SmolConfig(target_bits=bits, bits=range(1, max_bits + 1), seed=seed)
         if calibration is None:
             result = round_weights(model, config)
         else:
