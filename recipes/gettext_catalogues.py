@@ -20,8 +20,8 @@ MNEMONIC = re.compile(r"_(?=\w)")
 def load(package: str = "gramps", language: str = "de", most_words: int = 40) -> DatasetDict:
     """English messages of an installed package and their translations; an eighth is held out.
 
-    Which ones are held out is decided by a checksum of the English message, so that none is on both sides. Messages with
-    placeholders are for training only: copying those is no translation, and would lift any score.
+    Which ones are held out is decided by a checksum of the English message, so that none is on both sides. Messages
+    with placeholders are for training only: copying those is no translation, and would lift any score.
 
     Args:
         package: Name of the distribution whose compiled catalogues (`.../LANGUAGE/LC_MESSAGES/*.mo`) are read. That of
