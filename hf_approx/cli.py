@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 import hf_approx
 from hf_approx.cards import CARD_FILE, one_line, write_card
 from hf_approx.checkpoint import attach_packing
-from hf_approx.exports import check_output, export_model, load_model, write_model
-from hf_approx.hub import inspect_repo, push_folder
+from hf_approx.exports import GROUP_SIZES, check_output, export_model, load_model, write_model
+from hf_approx.hub import inspect_repo, license_of, push_folder
 from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
 from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig
+from hf_approx.packing import MAX_BITS
 from hf_approx.plots import plot_layers
 
 app = typer.Typer(
@@ -67,6 +68,14 @@ def compress(
     bits: Annotated[
         float | None, typer.Option(help="Quantize to so many bits a weight, on average.", show_default=False)
     ] = None,
+    max_bits: Annotated[
+        int,
+        typer.Option(
+            help="With --bits: at most so many for any weight; 3 lets it be exported as integers of 4 bits.",
+            min=1,
+            max=MAX_BITS,
+        ),
+    ] = MAX_BITS,
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -81,6 +90,8 @@ def compress(
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 8,
     max_length: Annotated[int, typer.Option(help="Tokens of a text, at most.")] = 128,
     seed: Annotated[int, typer.Option(help="Of the examples, their order and the noise.")] = 0,
+    revision: Revision = None,
+    token: Token = None,
 ) -> None:
     """Write a trained model as a packed checkpoint: its zeros packed and, with --bits, its weights quantized.
 
@@ -90,7 +101,7 @@ def compress(
     if calibration is not None and bits is None:
         raise ValueError("--calibration says how to quantize: give --bits too.")
     check_output(output)
-    folder = find_checkpoint(source, everything=True)
+    folder = find_checkpoint(source, everything=True, revision=revision, token=token)
     packing = read_packing(folder)
     if packing is not None:
         state = "a checkpoint of unfinished training" if packing.training else "packed already"
@@ -100,7 +111,7 @@ def compress(
     names = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
     result = None
     if bits is not None:
-        config = SmolConfig(target_bits=bits, seed=seed)
+        config = SmolConfig(target_bits=bits, bits=range(1, max_bits + 1), seed=seed)
         if calibration is None:
             result = round_weights(model, config)
         else:
@@ -109,7 +120,8 @@ def compress(
     grids = {} if result is None else result.grids
     if not attach_packing(model, names, store_dtype, grids):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
-    write_model(model, folder, output)
+    report = {} if result is None else _report(result, source, {"target_bits": bits, "steps": calibration and steps})
+    write_model(model, folder, output, report=report)
     _show(inspect_checkpoint(output), brief=True)
     if result is not None:
         _tell(result, before, inspect_checkpoint(output).bytes)
@@ -130,7 +142,10 @@ def inspect(
     Of a repository only the config and the headers of the weight files are read.
     """
     folder = Path(source)
-    result = inspect_checkpoint(find_checkpoint(source)) if folder.exists() else inspect_repo(source, revision, token)
+    if folder.exists():
+        result = inspect_checkpoint(find_checkpoint(source, revision=revision))
+    else:
+        result = inspect_repo(source, revision, token)
     if plot is not None:
         plot_layers(result, plot)
     if as_json:
@@ -140,9 +155,10 @@ def inspect(
 
 
 @app.command()
-def decompress(source: Source, output: Output) -> None:
+def decompress(source: Source, output: Output, revision: Revision = None, token: Token = None) -> None:
     """Write a packed checkpoint as an ordinary transformers checkpoint."""
-    print(f"Wrote {output}: {export_model(source, output).bytes:,} bytes of dense tensors.")
+    result = export_model(source, output, revision=revision, token=token)
+    print(f"Wrote {output}: {result.bytes:,} bytes of dense tensors.")
 
 
 @app.command()
@@ -150,15 +166,23 @@ def export(
     source: Source,
     output: Output,
     format_: Annotated[str, typer.Option("--format", help="dense or compressed-tensors.")] = "dense",
+    revision: Revision = None,
+    token: Token = None,
 ) -> None:
     """Write a packed checkpoint for engines that know nothing of hf_approx.
 
     compressed-tensors is for vLLM and transformers: quantized linear layers as integers, everything else dense.
     """
-    result = export_model(source, output, format_)
+    result = export_model(source, output, format_, revision, token)
     print(f"Wrote {output}: {result.bytes:,} bytes of tensors.")
     if result.packed:
-        print(f"{len(result.packed)} weights are integers of {result.bits} bits that decode to the same values.")
+        each = f"group of {result.group_size} inputs" if result.group_size else "row"
+        print(
+            f"{len(result.packed)} weights are integers of {result.bits} bits that decode to the same values, with a "
+            f"scale for each {each}."
+        )
+        if result.group_size not in (0, *GROUP_SIZES):
+            print(f"vLLM has kernels for groups of {', '.join(map(str, GROUP_SIZES))} only.")
     for reason, names in _by_reason(result.dense).items():
         print(f"Dense: '{names[0]}'{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}.")
 
@@ -207,6 +231,9 @@ def _show(result: Inspection, brief: bool = False) -> None:
                 Text(one_line(row.name)), shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}"
             )
         console.print(table)
+    if result.format:
+        console.print(f"{result.bytes:,} bytes, quantized in the format {one_line(result.format)}.", markup=False)
+        return
     console.print(
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
         f"({result.dense_bytes:,} bytes in the same dtypes)."
@@ -229,6 +256,18 @@ def _show(result: Inspection, brief: bool = False) -> None:
         histogram = Table(*map(str, range(len(result.histogram))))
         histogram.add_row(*(f"{count / weights:.2%}" for count in result.histogram))
         console.print(histogram)
+
+
+def _report(result: Calibration, source: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the card says of a model that was quantized without training."""
+    base = None if Path(source).exists() else source
+    measured = result.calibrated
+    entry: dict[str, Any] = {"label": "smol", "method": "smol", "settings": settings, "bits": result.bits}
+    if measured is not None and measured.agreement is not None:
+        entry["predictions as dense"] = f"{measured.agreement:.2%}"
+    note = "Quantized without training."
+    about = {"base_model": base, "license": base and license_of(base), "note": note}
+    return {"methods": [entry], "about": about}
 
 
 def _tell(result: Calibration, before: int, after: int) -> None:

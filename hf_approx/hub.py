@@ -28,6 +28,7 @@ from hf_approx.inspection import (
     describe_tensors,
     find_checkpoint,
     inspect_checkpoint,
+    other_format,
     read_packing,
     weight_files,
 )
@@ -142,7 +143,8 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         raise PackedFormatError(f"'{repo_id}' has a damaged weight file: {error}") from None
     tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
     stored = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return describe_tensors(stored, read_packing(Path(config).parent))
+    folder = Path(config).parent
+    return describe_tensors(stored, read_packing(folder), other_format(folder))
 
 
 def license_of(repo_id: str) -> str | None:
@@ -164,7 +166,7 @@ def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
     weights = {path.name for path in weight_files(folder)}
     if len(weights) > 1:
         weights.add(constants.SAFETENSORS_INDEX_FILE)
-    names = {*weights, CARD_FILE, *PICTURES, *(path.name for path in companions(folder))}
+    names = {*weights, CARD_FILE, *PICTURES, *(path.as_posix() for path in companions(folder))}
     files: dict[str, str | bytes] = {name: str(folder / name) for name in sorted(names) if (folder / name).is_file()}
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
@@ -58,11 +58,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Every tensor of a checkpoint, and what the packed ones could be at best."""
+    """Every tensor of a checkpoint, and what the packed ones could be at best.
+
+    Attributes:
+        format: What the config calls the format of weights that another library quantized; otherwise empty. They
+            count as the tensors they are stored in: how large they would be dense is not said.
+    """
 
     rows: list[Row]
     packed_bytes: int
     packed_bound_bytes: float
+    format: str = ""
 
     @property
     def bytes(self) -> int:
@@ -104,8 +110,9 @@ class Inspection:
         return sum(k * count for k, count in enumerate(self.histogram)) / max(sum(self.histogram), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: `tensors` and `totals`; if weights are quantized, `quantized` too."""
+        """JSON form: `tensors` and `totals`; if weights are quantized, `quantized` or the `format` of others too."""
         data: dict[str, Any] = {
+            **({"format": self.format} if self.format else {}),
             "tensors": [asdict(row) for row in self.rows],
             "totals": {
                 "bytes": self.bytes,
@@ -125,30 +132,52 @@ class Inspection:
         return data
 
 
-COMPANIONS = (".json", ".txt", ".model", ".jinja")
+COMPANIONS = (".json", ".txt", ".model", ".spm", ".bpe", ".tiktoken", ".jinja")
 """Endings of the files that belong to a model beside its weights: tokenizer, processor, chat template."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder with files of the model: chat templates other than the first."""
+FOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]
+"""Patterns of all that is in other folders, as far as patterns can say that: checkpoints of a training, say, or the
+same model for another engine."""
 STATES = ("trainer_state.json", "approx_state.json")
 """State of a training, not of a model."""
 
 
-def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
+def find_checkpoint(
+    path_or_repo: str, everything: bool = False, revision: str | None = None, token: str | None = None
+) -> Path:
     """A folder, or the local copy of a Hub repository.
 
     Args:
         path_or_repo: Path or repository id.
         everything: Download tokenizer and processor files too, not only config and weights.
+        revision: Branch, tag or commit of the repository; default `main`.
+        token: Default: that of `HF_TOKEN` or `hf auth login`.
 
     Raises:
-        FileNotFoundError: It is neither, or holds no `config.json`.
+        FileNotFoundError: It is neither, may not be read, or holds no `config.json`.
+        ValueError: A revision of a folder is asked for.
     """
     folder = Path(path_or_repo)
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"'{path_or_repo}' is a folder: only repositories have revisions.")
     if not folder.is_dir():
+        endings = [*(COMPANIONS if everything else (".json",)), ".safetensors"]
         try:
-            endings = [*(COMPANIONS if everything else (".json",)), ".safetensors"]
-            # In folders there are other models: checkpoints of a training, or the same one for another engine.
-            patterns = [f"*{ending}" for ending in endings]
-            folder = Path(snapshot_download(path_or_repo, allow_patterns=patterns, ignore_patterns="*/*"))
-        except (HFValidationError, RepositoryNotFoundError, OSError):
+            folder = Path(
+                snapshot_download(
+                    path_or_repo,
+                    revision=revision,
+                    token=token,
+                    allow_patterns=[f"*{ending}" for ending in endings],
+                    ignore_patterns=FOLDERS,
+                )
+            )
+        except HFValidationError:
+            raise FileNotFoundError(f"'{path_or_repo}' is neither a folder nor the name of a repository.") from None
+        except HfHubHTTPError as error:
+            raise FileNotFoundError(" ".join(str(error).split())) from None
+        except (HTTPError, OSError):
             raise FileNotFoundError(
                 f"'{path_or_repo}' is neither a folder nor a repository that can be reached."
             ) from None
@@ -158,10 +187,10 @@ def find_checkpoint(path_or_repo: str, everything: bool = False) -> Path:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files that belong to the model in a folder beside its weights, in the order of their names."""
+    """The files that belong to the model in a folder beside its weights: relative paths, in order."""
     return sorted(
-        path
-        for path in folder.iterdir()
+        path.relative_to(folder)
+        for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja"))
         if path.is_file()
         and path.suffix in COMPANIONS
         and path.name not in STATES
@@ -176,6 +205,22 @@ def read_packing(folder: Path) -> ApproxConfig | None:
     Raises:
         PackedFormatError: It is damaged.
     """
+    data = _quantization(folder)
+    return ApproxConfig.from_dict(data) if data.get("quant_method") == QUANT_METHOD else None
+
+
+def other_format(folder: Path) -> str:
+    """What a checkpoint's config calls the format that another library quantized it in; empty if none has.
+
+    Raises:
+        PackedFormatError: It is damaged.
+    """
+    name = _quantization(folder).get("quant_method", "")
+    return "" if name == QUANT_METHOD else str(name)
+
+
+def _quantization(folder: Path) -> dict[str, Any]:
+    """The part of a checkpoint's config that says how it is quantized, empty if there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
@@ -183,9 +228,7 @@ def read_packing(folder: Path) -> ApproxConfig | None:
     if not isinstance(config, dict):
         raise PackedFormatError(f"{folder / 'config.json'} is not a JSON object.")
     data = config.get("quantization_config")
-    if not isinstance(data, dict) or data.get("quant_method") != QUANT_METHOD:
-        return None
-    return ApproxConfig.from_dict(data)
+    return data if isinstance(data, dict) else {}
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
@@ -195,7 +238,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         PackedFormatError: The config or a weight file is damaged.
         FileNotFoundError: There is no safetensors file.
     """
-    packing, stored = read_packing(folder), {}
+    packing, other, stored = read_packing(folder), other_format(folder), {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -204,15 +247,18 @@ def inspect_checkpoint(folder: Path) -> Inspection:
                     stored[name] = (part.get_dtype(), tuple(part.get_shape()))
         except SafetensorError as error:
             raise PackedFormatError(f"{path} is damaged: {error}") from None
-    return describe_tensors(stored, packing)
+    return describe_tensors(stored, packing, other)
 
 
-def describe_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], packing: ApproxConfig | None) -> Inspection:
+def describe_tensors(
+    stored: Mapping[str, tuple[str, tuple[int, ...]]], packing: ApproxConfig | None, other: str = ""
+) -> Inspection:
     """What the headers of weight files say, under the light of the config.
 
     Args:
         stored: Dtype (in safetensors' notation) and shape of every stored tensor, by name.
         packing: The packing part of the config, if there is one.
+        other: As of `other_format`.
 
     Raises:
         PackedFormatError: They contradict each other.
@@ -223,7 +269,7 @@ def describe_tensors(stored: Mapping[str, tuple[str, tuple[int, ...]]], packing:
     if missing:
         raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
     bound = sum(spec.bound_bytes for spec in specs.values())
-    return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound)
+    return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound, other)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -10,6 +10,9 @@ from datasets import Dataset, DatasetDict
 FEWEST_LETTERS = 3
 """Messages with fewer are symbols and formats, not language."""
 
+PLACEHOLDER = re.compile(r"%\(\w*\)|%\d*[a-z]|\{\w*\}|\$\w|<[^>]+>")
+"""Where a program puts a value, in the notations of Python, C and templates, and tags."""
+
 MNEMONIC = re.compile(r"_(?=\w)")
 """The mark of a keyboard shortcut."""
 
@@ -17,7 +20,8 @@ MNEMONIC = re.compile(r"_(?=\w)")
 def load(package: str = "gramps", language: str = "de", most_words: int = 40) -> DatasetDict:
     """English messages of an installed package and their translations; an eighth is held out.
 
-    Which ones are held out is decided by a checksum of the English message, so that none is on both sides.
+    Which ones are held out is decided by a checksum of the English message, so that none is on both sides. Messages
+    with placeholders are for training only: copying those is no translation, and would lift any score.
 
     Args:
         package: Name of the distribution whose compiled catalogues (`.../LANGUAGE/LC_MESSAGES/*.mo`) are read. That of
@@ -42,7 +46,8 @@ def load(package: str = "gramps", language: str = "de", most_words: int = 40) ->
     for path in sorted(paths, key=str):
         with open(str(path.locate()), "rb") as catalogue:
             pairs |= read_pairs(catalogue, most_words)
-    held_out = {source for source in pairs if zlib.crc32(source.casefold().encode()) % 8 == 0}
+    plain = [source for source in pairs if not PLACEHOLDER.search(source)]
+    held_out = {source for source in plain if zlib.crc32(source.casefold().encode()) % 8 == 0}
     splits = {"train": sorted(set(pairs) - held_out), "validation": sorted(held_out)}
     return DatasetDict(
         {

@@ -24,6 +24,7 @@ from transformers import (
 from helpers import assert_same_weights, make_trainer, python, weights
 from hf_approx import SmolConfig, attach_packing
 from hf_approx.cli import main
+from hf_approx.inspection import inspect_checkpoint
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches, find_images, read_texts
 from hf_approx.packing.grid import expand, round_to_grid
@@ -394,6 +395,36 @@ def test_zeros_stay_zero_in_calibration(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.bert.encoder.layer[0].output.dense.weight == 0, zeros)
+
+
+def test_an_encoder_decoder_is_calibrated_on_its_own_answers(bert, texts, tmp_path):
+    """Greedy decoding: with an answer for its input, the model predicts the next token of it at every place."""
+    BertTokenizerFast.from_pretrained(bert).save_pretrained(tmp_path / "t5")
+    model = build("t5").eval()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 32))
+    with torch.no_grad():
+        for layer in model.decoder.block:
+            layer.layer[1].EncDecAttention.v.weight.mul_(50)
+        model.lm_head.weight[1] *= 4  # the end comes soon, but not at once
+    model.save_pretrained(tmp_path / "t5")
+    loaders = calibration_batches(model, tmp_path / "t5", texts, samples=20, batch_size=4, max_length=6)
+    lengths = set()
+    for each in (*loaders[0], *loaders[1]):
+        with torch.no_grad():
+            predicted = model(**each).logits.argmax(-1)
+        for row, mask, best in zip(each["decoder_input_ids"], each["decoder_attention_mask"], predicted, strict=True):
+            length = int(mask.sum())
+            assert torch.equal(row[1:length], best[: length - 1])
+            assert int(best[length - 1]) == model.config.eos_token_id or length == 7
+            assert bool((row[length:] == model.config.pad_token_id).all())
+            lengths.add(length)
+    assert len(lengths) > 1
+    options = ["--bits", 3, "--max-bits", 3, "--calibration", texts, "--steps", 4, "--samples", 8, "--max-length", 6]
+    assert run("compress", tmp_path / "t5", tmp_path / "out", *options) == 0
+    found = inspect_checkpoint(tmp_path / "out")
+    assert found.code_bits == pytest.approx(3, abs=0.02)
+    assert found.histogram[4:] == [0] * 5
 
 
 def test_useless_files_are_refused_and_nothing_is_written(bert, vit, texts, images, tmp_path, capsys):

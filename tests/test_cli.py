@@ -102,18 +102,31 @@ def test_compress_then_decompress(trained, tmp_path):
 
 
 def test_only_files_of_the_model_come_along(packed, tmp_path):
-    """An index of other weight files would be wrong, and so would a report of what these weights were before."""
+    """An index of other weight files would be wrong, and so would what the report says of these files before."""
     folder = shutil.copytree(packed, tmp_path / "packed")
-    for name in ("pytorch_model.bin.index.json", "trainer_state.json", "approx_report.json", "chat_template.jinja"):
+    for name in ("pytorch_model.bin.index.json", "trainer_state.json", "chat_template.jinja", "source.spm"):
         (folder / name).write_text("{}")
+    for name in ("additional_chat_templates", "checkpoint-8"):
+        (folder / name).mkdir()
+        (folder / name / "tools.jinja").write_text("{}")
+    report = {"kinds": {"key": {"sparsity": 0.5}}, "totals": {}, "methods": [], "about": {"repo_id": "me/packed"}}
+    (folder / "approx_report.json").write_text(json.dumps(report))
     with pytest.raises(SystemExit) as exit_:
         main(["decompress", str(folder), str(tmp_path / "plain")])
     assert exit_.value.code == 0
-    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+    plain = tmp_path / "plain"
+    assert {path.relative_to(plain).as_posix() for path in plain.rglob("*") if path.is_file()} == {
         "config.json",
         "model.safetensors",
         "chat_template.jinja",
+        "source.spm",
+        "additional_chat_templates/tools.jinja",
+        "approx_report.json",
     }
+    kept = json.loads((plain / "approx_report.json").read_text())
+    assert kept["methods"] == []
+    assert set(kept) == {"methods", "about"}
+    assert set(kept["about"]) == {"note"}
 
 
 def test_inspect_counts_what_is_in_the_file(packed):
@@ -208,6 +221,8 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[1]")
     refuse("neither a folder nor", "inspect", tmp_path / "nowhere")
+    for command in (("inspect", packed), ("decompress", packed, tmp_path / "out")):
+        refuse("only repositories have revisions", *command, "--revision", "v1")
     refuse("has no config.json", "inspect", tmp_path / "full")
     refuse("is not JSON", "inspect", tmp_path / "broken")
     refuse("is not a JSON object", "inspect", tmp_path / "list")
@@ -256,11 +271,22 @@ def test_what_is_wrong_with_a_model_is_one_sentence(edited, tmp_path, refuse):
     refuse("transformers has no model class 5", "compress", edited(architectures=5), out)
     refuse("'bert.embeddings.LayerNorm.bias' has shape [32] instead of [64]", "compress", edited(hidden_size=64), out)
     refuse("'bert.encoder.layer.2.attention.output.LayerNorm.bias' is m", "compress", edited(num_hidden_layers=3), out)
-    refuse("the class has no 'bert.encoder.layer.1.att", "compress", edited(num_hidden_layers=1), out)
     for method in ("gptq", "bitsandbytes", "compressed-tensors", "unheard-of"):
         folder = edited(quantization_config={"quant_method": method, "load_in_4bit": True})
         refuse(f"is quantized already, by {method}", "compress", folder, out, "--bits", 3)
     assert not out.exists()
+
+
+def test_weights_that_the_class_does_not_use_are_left_out(edited, tmp_path, caplog):
+    """As in many a repository: heads of another training, say."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["compress", str(edited(num_hidden_layers=1)), str(tmp_path / "out")])
+    assert exit_.value.code == 0
+    names = [row.name for row in inspect_checkpoint(tmp_path / "out").rows]
+    assert any("layer.0." in name for name in names)
+    assert not any("layer.1." in name for name in names)
+    (message,) = caplog.messages
+    assert "has no 'bert.encoder.layer.1.attention.output.LayerNorm.bias' and 15 more: left out" in message
 
 
 def test_a_card_of_a_config_without_a_list_of_architectures(edited):
@@ -295,6 +321,19 @@ def test_a_plot_of_the_layers(packed, trained, tmp_path, refuse):
     names = ["h.10.a.weight", "h.2.a.weight"]
     rows = [Row(name, (1,), "float16", True, 0.5, 1.0, 1, 1) for name in names]
     assert [row.name for row in sorted(rows, key=_position)] == names[::-1]
+
+
+def test_the_card_of_a_model_that_was_quantized_without_training(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["compress", str(trained), "out", "--bits", "3"], ["card", "out"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(command)
+        assert exit_.value.code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "compressed with smol, saved by hf_approx" in card
+    assert "Quantized without training" in card
+    assert "| smol | target bits = 3 | bits = 3 |" in card.replace("_", " ").replace("&#95;", " ")
+    assert "Every number below was read from these files" in card
 
 
 def test_zeros_anywhere_are_packed(tmp_path):

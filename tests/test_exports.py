@@ -18,8 +18,10 @@ from transformers.utils import is_compressed_tensors_available
 
 from helpers import make_trainer, python
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach_packing, export_model
+from hf_approx.cards import render_card
 from hf_approx.cli import main
 from hf_approx.exports import load_model, write_model
+from hf_approx.loops import round_weights
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid
 from hf_approx.targets import select_modules
@@ -30,6 +32,7 @@ needs_package = pytest.mark.skipif(not is_compressed_tensors_available(), reason
 AUTO = {"bert": AutoModelForSequenceClassification, "llama": AutoModelForCausalLM}
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+KEY = "bert.encoder.layer.0.attention.self.key.weight"
 OUTPUT = "bert.encoder.layer.1.output.dense.weight"
 
 FRESH = """
@@ -124,6 +127,29 @@ def test_a_trained_llama_loads_in_a_process_without_hf_approx(smol, tmp_path):
 
 
 @needs_package
+def test_the_card_of_an_export(smol, tmp_path, capsys):
+    """It says what was measured, how to load it, and not that integers are dense."""
+    export_model(smol, tmp_path / "integers", "compressed-tensors")
+    export_model(smol, tmp_path / "dense")
+    card, plain = (render_card(tmp_path / name) for name in ("integers", "dense"))
+    for text in (card, plain):
+        assert "compressed with smol while it was trained" in text
+        assert "Exported from a packed model with the same weights" in text
+        assert "import hf_approx" not in text
+    assert "Quantized weights are stored in the format compressed-tensors" in card
+    assert "pip install compressed-tensors" in card
+    assert "ordinary checkpoint" not in card
+    assert "tensors dense" not in card
+    assert "An ordinary checkpoint" in plain
+    assert "tensors dense" in plain
+    with pytest.raises(SystemExit):
+        main(["inspect", str(tmp_path / "integers")])
+    printed = capsys.readouterr().out
+    assert "bytes, quantized in the format compressed-tensors." in printed
+    assert "dense" not in printed
+
+
+@needs_package
 def test_a_bert_loads_in_a_process_without_hf_approx(packed, tmp_path):
     export_model(packed, tmp_path / "integers", "compressed-tensors")
     python(FRESH, tmp_path / "integers", "bert", "AutoModelForSequenceClassification", tmp_path / "logits")
@@ -197,12 +223,13 @@ def test_what_the_format_cannot_hold_stays_dense(tmp_path, capsys):
         main(["export", str(tmp_path / "packed"), str(tmp_path / "out"), "--format", "compressed-tensors"])
     assert exit_.value.code == 0
     printed = capsys.readouterr().out
-    assert "10 weights are integers of 4 bits" in printed
+    assert "8 weights are integers of 4 bits" in printed
     assert f"Dense: '{QUERY}': some of its weights have 8 bits" in printed
+    assert f"Dense: '{KEY}' and 1 more: engines merge it with 'query' beside it, which is dense" in printed
     assert f"Dense: '{words}': only linear layers can be packed, and this is Embedding" in printed
     assert f"Dense: '{OUTPUT}': releases of compressed-tensors after 0.14 store no sparse" in printed
     ignored = quantization(tmp_path / "out")["ignore"]
-    assert {QUERY.removesuffix(".weight"), OUTPUT.removesuffix(".weight"), "classifier"} <= set(ignored)
+    assert {QUERY.removesuffix(".weight"), KEY.removesuffix(".weight"), "classifier"} <= set(ignored)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(compute(loaded, "bert"), compute(model, "bert"))
 
@@ -213,12 +240,46 @@ def test_scales_that_half_precision_cannot_hold_leave_the_weight_dense(tmp_path)
     torch.manual_seed(1)
     model = build("bert").half().eval()
     grids = make_grids(model, bits=(7,))
-    grids[QUERY] = Grid(grids[QUERY].bits, torch.full((32, 1), 1.2345e-4, dtype=torch.float16))
+    grids[OUTPUT] = Grid(grids[OUTPUT].bits, torch.full((32, 1), 1.2345e-4, dtype=torch.float16))
     save(model, tmp_path / "packed", grids)
     result = export_model(tmp_path / "packed", tmp_path / "integers", "compressed-tensors")
-    assert result.dense == {QUERY: "its scales do not fit the model's float16"}
+    assert result.dense == {OUTPUT: "its scales do not fit the model's float16"}
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "integers")
     assert torch.equal(compute(loaded, "bert"), compute(model, "bert"))
+
+
+@needs_package
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "width"), [((1, 2, 3), 4), ((1, 4, 7), 8)])
+def test_a_model_in_half_precision_has_scales_that_are_exact_in_it(tmp_path, dtype, bits, width):
+    """Scales over four orders of magnitude, down to where float16 has few digits."""
+    torch.manual_seed(1)
+    model = build("llama").to(dtype).eval()
+    with torch.no_grad():
+        for name in select_modules(model):
+            weight = model.get_parameter(f"{name}.weight")
+            weight.mul_(10 ** torch.empty(len(weight), 1).uniform_(-3, 1))
+    result = round_weights(model, SmolConfig(target_bits=sum(bits) / 3, bits=bits, group_size=16))
+    attach_packing(model, result.names, None, result.grids)
+    model.save_pretrained(tmp_path / "packed")
+    exported = export_model(tmp_path / "packed", tmp_path / "integers", "compressed-tensors")
+    assert (set(exported.packed), exported.bits) == (set(result.names), width)
+    assert {grid.scale.dtype for grid in result.grids.values()} == {torch.float16}
+    loaded, source = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("integers", "packed"))
+    assert loaded.dtype == dtype
+    assert torch.equal(compute(loaded, "llama"), compute(source, "llama"))
+    for name in result.names:
+        assert torch.equal(source.get_parameter(name), model.get_parameter(name)), name
+
+
+@needs_package
+def test_a_class_that_transformers_cannot_load_from_the_format_is_refused(tmp_path):
+    """T5 initializes the weights of its layers by name, and packed layers have none."""
+    model = build("t5").eval()
+    save(model, tmp_path / "packed", make_grids(model))
+    with pytest.raises(ValueError, match=r"cannot load a T5ForConditionalGeneration from compressed-tensors.*dense"):
+        export_model(tmp_path / "packed", tmp_path / "out", "compressed-tensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 @needs_package

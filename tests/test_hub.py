@@ -22,6 +22,7 @@ from models import batch, build
 
 TOKEN = "hf_secretOfMe"
 WEIGHTS = "model.safetensors"
+TEMPLATE = "additional_chat_templates/tools.jinja"
 
 CLI = """
 import contextlib, io, json, sys
@@ -356,6 +357,8 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
         "unfinished training": ["push", tmp_path / "unfinished", "me/new", "--token", TOKEN],
         "Repo id": ["push", folder, "me/../new", "--token", TOKEN],
         "neither a folder nor": ["inspect", "../nowhere/x"],
+        "Repository Not Found ": ["decompress", "me/secret", tmp_path / "out"],
+        "Invalid credentials  ": ["export", "me/public", tmp_path / "out", "--token", wrong],
         "Entry Not Found": ["inspect", "me/public", "--token", TOKEN],
     }
     for expected, (code, out, err) in zip(commands, cli(*commands.values()), strict=True):
@@ -391,14 +394,26 @@ def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
 
 
 def test_a_repository_is_read_without_the_models_in_its_folders_and_never_written_to(hub, cli, folder, tmp_path):
-    other = {f"checkpoint-8/{name}": Blob(b"{}", large=False) for name in ("config.json", WEIGHTS)}
+    names = ["checkpoint-8/config.json", f"checkpoint-8/{WEIGHTS}", f"adapter/{WEIGHTS}", TEMPLATE]
+    other = {name: Blob(b"{}", large=False) for name in names}
     assert cli(["push", folder, "me/nested"], token=TOKEN)[0][0] == 0
     repo = hub.repos["me/nested"]
+    repo.add("old", "A branch", repo.at("main").files)
     repo.add("main", "A checkpoint", {**repo.at("main").files, **other})
     hub.sent.clear()
-    read, card = cli(["decompress", "me/nested", tmp_path / "plain"], ["card", "me/nested"], token=TOKEN)
-    assert read[0] == 0, read
-    assert set(hub.sent) == {"config.json", WEIGHTS}
+    read, card, old, none = cli(
+        ["decompress", "me/nested", tmp_path / "plain"],
+        ["card", "me/nested"],
+        ["export", "me/nested", tmp_path / "old", "--revision", "old"],
+        ["compress", "me/nested", tmp_path / "none", "--revision", "no-branch"],
+        token=TOKEN,
+    )
+    assert read[0] == old[0] == 0, (read, old)
+    assert set(hub.sent) == {"config.json", WEIGHTS, TEMPLATE}
+    assert (tmp_path / "plain" / TEMPLATE).is_file()
+    assert not (tmp_path / "old" / TEMPLATE).exists()
+    assert none[0] == 1
+    assert "Revision Not Found" in none[2]
     assert card[0] == 1
     assert "'me/nested' is no folder" in card[2]
 

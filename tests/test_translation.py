@@ -190,6 +190,7 @@ def test_no_message_is_on_both_sides():
     train, held_out = (set(map(str.casefold, data[split]["source"])) for split in ("train", "validation"))
     assert not train & held_out
     assert len(train) > 5 * len(held_out) > 2500
+    assert not [source for source in held_out if set(source) & set("%{<")]
 
 
 @pytest.mark.parametrize(

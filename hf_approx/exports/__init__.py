@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from hf_approx.exports.compressed import export_compressed
+from hf_approx.exports.compressed import GROUP_SIZES, export_compressed
 from hf_approx.exports.dense import export_dense
 from hf_approx.exports.folders import Export, check_output, load_model, write_model
 from hf_approx.inspection import find_checkpoint, read_packing
 
-__all__ = ["FORMATS", "Export", "check_output", "export_model", "load_model", "write_model"]
+__all__ = ["FORMATS", "GROUP_SIZES", "Export", "check_output", "export_model", "load_model", "write_model"]
 
 FORMATS = {"dense": export_dense, "compressed-tensors": export_compressed}
 
@@ -18,10 +18,17 @@ ELSEWHERE = {
 """Formats whose own converters start from a dense checkpoint."""
 
 
-def export_model(source: str | Path, output: str | Path, format: str = "dense") -> Export:
+def export_model(
+    source: str | Path,
+    output: str | Path,
+    format: str = "dense",
+    revision: str | None = None,
+    token: str | None = None,
+) -> Export:
     """Write a packed model in a format that is read without hf_approx.
 
-    Tokenizer and processor files come along. The folder appears whole or not at all.
+    Tokenizer and processor files come along, and what was measured of the model, for its card. The folder appears
+    whole or not at all.
 
     Args:
         source: Folder of a packed model, or a Hub repository id.
@@ -29,6 +36,8 @@ def export_model(source: str | Path, output: str | Path, format: str = "dense") 
         format: `"dense"`: an ordinary transformers checkpoint, exactly the weights that hf_approx decodes.
             `"compressed-tensors"`: for vLLM, and for transformers with that package (the extra `export`): quantized
             linear layers as integers of 4 or 8 bits that decode to exactly the same weights, everything else dense.
+        revision: Branch, tag or commit of a repository; default `main`.
+        token: Of the Hub; default: that of `HF_TOKEN` or `hf auth login`.
 
     Returns:
         What was written, and which packed weights are dense now.
@@ -46,7 +55,7 @@ def export_model(source: str | Path, output: str | Path, format: str = "dense") 
         raise ValueError(f"There is no format {format!r}; choose {', '.join(FORMATS)}.")
     output = Path(output)
     check_output(output)
-    folder = find_checkpoint(str(source), everything=True)
+    folder = find_checkpoint(str(source), everything=True, revision=revision, token=token)
     packing = read_packing(folder)
     if packing is None:
         raise ValueError(f"'{source}' is not packed.")

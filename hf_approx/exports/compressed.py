@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer
-from hf_approx.exports.folders import Export, write_model
+from hf_approx.exports.folders import Export, exported_report, write_model
 from hf_approx.packing import Grid, QuantizedSpec, SharedSpec, TensorSpec, dtype_name, expand
 
 WIDTHS = (4, 8)
 """Bits of an integer. Others exist, but few engines have kernels for them and their layout has changed."""
+
+GROUP_SIZES = (32, 64, 128)
+"""Inputs that share a scale in the kernels of vLLM."""
+
+MERGED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Layers of one module that engines merge into one, which is then packed or dense as a whole."""
 
 NO_SPARSE = "releases of compressed-tensors after 0.14 store no sparse weights, 2:4 or other"
 
@@ -29,11 +35,12 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
     """Write quantized linear layers as integers of 4 or 8 bits, everything else dense; see `export_model`.
 
     All layers have the same width, that of the widest, and the same kind of scale (a row or a group each): engines
-    that merge layers, or decode while loading, read only one.
+    that merge layers, or decode while loading, read only one. transformers has loaded what is written.
 
     Raises:
         ModuleNotFoundError: The package compressed-tensors is not installed.
-        ValueError: There is no layer to write so, or the model cannot be made plain.
+        ValueError: There is no layer to write so, the model cannot be made plain, or transformers cannot load models
+            of its class from this format.
     """
     try:
         import compressed_tensors.compressors  # noqa: F401
@@ -48,6 +55,7 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
     model.dequantize()
     dense = _unfit(model, config.tensors, grids)
     fit = {name: grids[name] for name in config.tensors if name in grids and name not in dense}
+    _drop_apart(model, fit, dense)
     state = model.state_dict()
     packed: dict[str, dict[str, Tensor]] = {}
     if fit:
@@ -58,16 +66,21 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
                 dense[name] = f"its scales do not fit the model's {dtype_name(state[name].dtype)}"
             else:
                 packed[name] = tensors
+    _drop_apart(model, packed, dense)
     if not packed:
         first = next((f"'{name}': {reason}" for name, reason in dense.items()), "none is packed")
         raise ValueError(f"compressed-tensors can hold no weight of '{source}' ({first}). Choose the format dense.")
     for name, tensors in packed.items():
         del state[name]
         state.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in tensors.items()})
-    written = write_model(
-        model, source, output, state, lambda folder: _write_config(model, folder, scheme, list(packed))
-    )
-    return Export(output, written, tuple(packed), scheme.weights.num_bits, dense)
+
+    def finish(folder: Path) -> None:
+        _write_config(model, folder, scheme, list(packed))
+        _load(type(model), folder)
+
+    written = write_model(model, source, output, state, exported_report(source), finish)
+    weights = scheme.weights
+    return Export(output, written, tuple(packed), weights.num_bits, weights.group_size or 0, dense)
 
 
 def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mapping[str, Grid]) -> dict[str, str]:
@@ -93,6 +106,18 @@ def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mappi
     return unfit
 
 
+def _drop_apart(model: nn.Module, packed: dict[str, Any], dense: dict[str, str]) -> None:
+    """Move weights from `packed` to `dense` that engines merge with one that is not packed."""
+    for name in list(packed):
+        parent, _, layer = name.removesuffix(".weight").rpartition(".")
+        for beside in next((layers for layers in MERGED if layer in layers), ()):
+            other = f"{parent}.{beside}.weight"
+            if other not in packed and isinstance(getattr(model.get_submodule(parent), beside, None), nn.Linear):
+                del packed[name]
+                dense[name] = f"engines merge it with '{beside}' beside it, which is dense"
+                break
+
+
 def _scheme(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Any:
     """The one `QuantizationScheme` that all these weights fit."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -103,10 +128,10 @@ def _scheme(weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> Any:
     sizes = [weights[name].shape[1] for name in grids]
     runs = [-(-size // grid.scale.shape[1]) for size, grid in zip(sizes, grids.values(), strict=True)]
     channel = runs == sizes
+    common = math.gcd(*sizes, *runs)
+    group = next((size for size in reversed(GROUP_SIZES) if common % size == 0), common)
     args = QuantizationArgs(
-        num_bits=width,
-        strategy="channel" if channel else "group",
-        group_size=None if channel else math.gcd(*sizes, *runs),
+        num_bits=width, strategy="channel" if channel else "group", group_size=None if channel else group
     )
     return QuantizationScheme(
         targets=[name.removesuffix(".weight") for name in grids], weights=args, format="pack-quantized"
@@ -124,6 +149,24 @@ def _integers(weight: Tensor, grid: Grid, scheme: Any) -> dict[str, Tensor] | No
     stored["weight_scale"] = scale.to(weight.dtype)
     decoded = PackedQuantizationCompressor.decompress(stored, scheme)["weight"]
     return stored if torch.equal(decoded, weight) else None
+
+
+def _load(cls: type[PreTrainedModel], folder: Path) -> None:
+    """Raise `ValueError` unless transformers loads the model that was written."""
+    options: dict[str, Any] = {"output_loading_info": True}
+    report: Mapping[str, set[str]]
+    try:
+        _, report = cls.from_pretrained(folder, **options)  # type: ignore[misc]
+    except Exception as error:  # of the initialization that each class has for weights it misses
+        cause = f"{type(error).__name__}: {error}"
+    else:
+        missing = sorted(report["missing_keys"] | report["unexpected_keys"])
+        if not missing:
+            return
+        cause = f"it does not find '{missing[0]}'"
+    raise ValueError(
+        f"transformers cannot load a {cls.__name__} from compressed-tensors ({cause}). Choose the format dense."
+    )
 
 
 def _write_config(model: PreTrainedModel, folder: Path, scheme: Any, packed: list[str]) -> None:

@@ -1,19 +1,28 @@
 """Reading a whole model folder and writing another one, whole or not at all."""
 
+import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_approx.cards import one_line
 from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.inspection import companions, inspect_checkpoint
 from hf_approx.report import REPORT_FILE
+
+logger = logging.getLogger(__name__)
+
+EXPORTED = "Exported from a packed model with the same weights, of which the results were measured."
+"""The note in its card."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Export:
         bytes: Of all its tensors.
         packed: Weights that are stored as integers, by parameter name.
         bits: Of each of those integers; 0 if there are none.
+        group_size: How many inputs of a row share a scale; 0 for all.
         dense: Weights that were packed and are dense now, and why, by parameter name; empty if the format is dense.
     """
 
@@ -32,6 +42,7 @@ class Export:
     bytes: int
     packed: tuple[str, ...] = ()
     bits: int = 0
+    group_size: int = 0
     dense: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,10 +80,26 @@ def load_model(folder: Path) -> PreTrainedModel:
     shapes = sorted(report["mismatched_keys"])
     wrong = [f"'{key}' has shape {list(there)} instead of {list(wanted)}" for key, there, wanted in shapes]
     wrong += [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
-    wrong += [f"the class has no '{key}'" for key in sorted(report["unexpected_keys"])]
     if wrong:
         raise ValueError(f"'{folder}' does not hold a complete {name}: {wrong[0]}.")
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        more = f" and {len(unused) - 1} more" if unused[1:] else ""
+        logger.warning("%s has no '%s'%s: left out.", name, one_line(unused[0]), more)
     return model
+
+
+def exported_report(source: Path) -> dict[str, Any]:
+    """What the report of a packed model says of its methods and results, but not of its files; empty without one."""
+    try:
+        report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
+        about = dict(report.get("about", {}))
+        note = " ".join(filter(None, [about.get("note"), EXPORTED]))
+    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        return {}
+    about = {name: value for name, value in about.items() if name not in ("model_name", "repo_id")} | {"note": note}
+    kept = {name: report[name] for name in ("methods", "optimizer", "evaluation") if name in report}
+    return {**kept, "about": about}
 
 
 def write_model(
@@ -80,6 +107,7 @@ def write_model(
     source: Path,
     output: Path,
     state: dict[str, Tensor] | None = None,
+    report: Mapping[str, Any] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> int:
     """Save beside `output` and move it there whole; tokenizer and processor files come along.
@@ -89,6 +117,7 @@ def write_model(
         source: Folder of the other files.
         output: Folder to write; does not exist or is empty.
         state: Tensors to write instead of the model's own.
+        report: What its card says beside what is in the files; see `hf_approx.cards.render_card`.
         finish: Called with the folder before it is moved.
 
     Returns:
@@ -99,11 +128,14 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         partial = Path(scratch) / "model"
         model.save_pretrained(partial, state_dict=state)
-        # The report says what was measured of other weight files.
+        # The report says what was measured of other files.
         skipped = ("config.json", "generation_config.json", REPORT_FILE)
         for path in companions(source):
             if path.name not in skipped:
-                shutil.copy(path, partial / path.name)
+                (partial / path).parent.mkdir(exist_ok=True)
+                shutil.copy(source / path, partial / path)
+        if report:
+            (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if finish is not None:
             finish(partial)
         written = inspect_checkpoint(partial).bytes

@@ -1,13 +1,20 @@
-"""Batches to calibrate on, from a file of texts or a folder of images."""
+"""Batches to calibrate on, from a file of texts or a folder of images.
+
+Models of pairs of texts, translation say, are calibrated on what they make of the texts themselves.
+"""
 
 import glob
+import inspect
 import random
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import tqdm
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
@@ -35,7 +42,7 @@ def calibration_batches(
     """Batches for `calibrate`: three quarters of the examples to train on, and a quarter held out.
 
     Args:
-        model: A model of text or of images.
+        model: A model of text, of text to text, or of images.
         folder: Where its tokenizer or image processor is saved.
         source: A .txt file, a text a line; a .csv, .json, .jsonl or .parquet file; or a folder with images in it or
             in folders in it.
@@ -57,11 +64,11 @@ def calibration_batches(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     if not source.exists():
         raise ValueError(f"'{source}' does not exist.")
-    kind = model.main_input_name
-    if kind not in ("input_ids", "pixel_values") or model.config.is_encoder_decoder:
+    kind, pairs = model.main_input_name, model.config.is_encoder_decoder
+    if kind not in ("input_ids", "pixel_values") or (pairs and not (kind == "input_ids" and model.can_generate())):
         raise ValueError(
-            f"{type(model).__name__} is no model of text alone or of images: call hf_approx.loops.calibrate with "
-            "batches of your own."
+            f"{type(model).__name__} is no model of text, of text to text or of images: call "
+            "hf_approx.loops.calibrate with batches of your own."
         )
     collate: Callable[[Any], Any]
     examples: Sequence[Any]
@@ -72,6 +79,8 @@ def calibration_batches(
     if len(examples) < 2:
         raise ValueError(f"'{source}' has one example only; calibration needs at least two.")
     examples = random.Random(seed).sample(examples, min(samples, len(examples)))
+    if pairs:
+        examples, collate = _answered(model, examples, collate, batch_size, max_length)
     held_out = max(len(examples) // HELD_OUT, 1)
     order = torch.Generator().manual_seed(seed)
     train: Any = examples[held_out:]
@@ -145,11 +154,55 @@ def _tokenizing(model: PreTrainedModel, folder: Path, max_length: int) -> Callab
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     positions = getattr(model.config, "max_position_embeddings", None) or max_length
     longest = min(max_length, positions, tokenizer.model_max_length)
+    # A tokenizer may be that of another model, and make more than this one takes.
+    unknown = set(tokenizer.model_input_names) - set(inspect.signature(model.forward).parameters)
 
     def collate(texts: list[str]) -> Any:
-        return tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        for name in unknown & set(batch):
+            del batch[name]
+        return batch
 
     return collate
+
+
+def _answered(
+    model: PreTrainedModel, texts: Sequence[str], tokenize: Callable[[Any], Any], batch_size: int, max_length: int
+) -> tuple[list[tuple[str, Tensor]], Callable[[Any], Any]]:
+    """Texts with what the model generates for each, greedily, and the function that makes batches of them."""
+    config, generate = model.generation_config, cast(Any, model).generate
+    end = config.eos_token_id
+    ends = torch.tensor([] if end is None else end).reshape(-1)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = max_length if positions is None else min(max_length, positions - 1)
+    pairs, training = [], model.training
+    bar = tqdm(total=len(texts), desc="generation")
+    model.eval()
+    try:
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            inputs = tokenize(part).to(model.device)
+            answers = generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=longest).cpu()
+            for text, answer in zip(part, answers, strict=True):
+                # The first token starts every answer; after the first end there is padding.
+                over = torch.isin(answer[1:], ends).nonzero()
+                pairs.append((text, answer[: int(over[0]) + 1] if len(over) else answer))
+            bar.update(len(part))
+    finally:
+        model.train(training)
+        bar.close()
+    filler = 0 if config.pad_token_id is None else int(config.pad_token_id)
+
+    def collate(examples: list[tuple[str, Tensor]]) -> Any:
+        answers = [answer for _, answer in examples]
+        masks = [torch.ones_like(answer) for answer in answers]
+        return {
+            **tokenize([text for text, _ in examples]),
+            "decoder_input_ids": pad_sequence(answers, batch_first=True, padding_value=filler),
+            "decoder_attention_mask": pad_sequence(masks, batch_first=True),
+        }
+
+    return pairs, collate
 
 
 def _processing(model: PreTrainedModel, folder: Path) -> Callable[[list[Path]], Any]:

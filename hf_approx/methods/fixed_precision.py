@@ -74,8 +74,9 @@ class FixedPrecision(GridMethod):
 
     def parametrization(self, name: str, module: nn.Module) -> GridWeight:
         """The grid that the weight is on."""
-        grid = self._found[name].to(module.get_parameter("weight").device)
-        return GridWeight(grid.bits.clone(), grid.scale.float(), self._config.train_scale)
+        weight = module.get_parameter("weight")
+        grid = self._found[name].to(weight.device)
+        return GridWeight(grid.bits.clone(), grid.scale.float(), self._config.train_scale, weight.dtype)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scales, if they are trained."""

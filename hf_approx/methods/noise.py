@@ -41,6 +41,7 @@ class NoisyWeight(GridWeight):
         initial_bits: Precision every s starts at.
         law: How the noise is distributed.
         seed: Of the noise.
+        dtype: Of the weight.
     """
 
     curvature: Tensor
@@ -53,9 +54,10 @@ class NoisyWeight(GridWeight):
         initial_bits: float,
         law: NoiseLaw,
         seed: int,
+        dtype: torch.dtype,
     ) -> None:
         bits = torch.full(parts, round(initial_bits), dtype=torch.uint8, device=scale.device)
-        super().__init__(bits, scale, train_scale)
+        super().__init__(bits, scale, train_scale, dtype)
         self.limits = nn.Parameter(torch.full(parts, initial_limit(initial_bits), device=scale.device))
         self.register_buffer("curvature", torch.zeros(parts, device=scale.device))
         self.law: NoiseLaw = law

@@ -14,7 +14,11 @@ from hf_approx.packing.grid import Grid, expand, round_to_grid
 from hf_approx.structures import feature_dim
 
 SCALE_DTYPE = torch.float16
-"""Scales are rounded to this in every forward pass, so the model that trains is the one that is stored."""
+"""What scales are stored in; they are rounded in every forward pass, so the model that trains is the one stored."""
+SCALE_MAX = 65280.0
+"""The largest number that both float16 and bfloat16 hold."""
+STEPS = 64
+"""Engines that hold a weight as integers of 8 bits multiply them by this part of the scale; see `stored`."""
 
 PartGranularity = Literal["weight", "group", "channel", "tensor"]
 
@@ -66,10 +70,14 @@ def reduce(values: Tensor, parts: torch.Size | list[int]) -> Tensor:
     return values
 
 
-def stored(scale: Tensor) -> Tensor:
-    """The scale as it is stored, in float32: positive and finite in `SCALE_DTYPE`."""
-    info = torch.finfo(SCALE_DTYPE)
-    return scale.float().clamp(info.tiny, info.max).to(SCALE_DTYPE).float()
+def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as it is stored, in float32: positive and finite in `SCALE_DTYPE`.
+
+    A weight of a narrower dtype has fewer scales, those of which the step is exact in that dtype too: other engines
+    hold scales in the dtype of the model.
+    """
+    scale = scale.float().clamp(torch.finfo(SCALE_DTYPE).tiny, SCALE_MAX)
+    return ((scale / STEPS).to(dtype).float() * STEPS).to(SCALE_DTYPE).float()
 
 
 def nearest(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
@@ -134,19 +142,21 @@ class GridWeight(nn.Module):
         bits: Bits of every part, uint8; see `Grid`.
         scale: Scale of every part, positive.
         train_scale: Whether the scale is trained, through its logarithm.
+        dtype: Of the weight.
     """
 
     bits: Tensor
 
-    def __init__(self, bits: Tensor, scale: Tensor, train_scale: bool) -> None:
+    def __init__(self, bits: Tensor, scale: Tensor, train_scale: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.dtype = dtype
         self.register_buffer("bits", bits)
         self.log_scale = nn.Parameter(scale.log(), requires_grad=train_scale)
 
     @property
     def scale(self) -> Tensor:
         """As it is stored, in float32."""
-        return stored(whole(self.log_scale.detach()).exp())
+        return stored(whole(self.log_scale.detach()).exp(), self.dtype)
 
     @property
     def grid(self) -> Grid:
@@ -180,7 +190,7 @@ def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Te
 
     A search over fractions of the largest weight, then a few steps of least squares with the codes held fixed.
     """
-    weight = weight.detach().float()
+    dtype, weight = weight.dtype, weight.detach().float()
     shape = torch.Size(shape)
     tiny = torch.finfo(SCALE_DTYPE).tiny
     top = _largest(weight, shape)
@@ -195,14 +205,14 @@ def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Te
         return value
 
     for fraction in torch.logspace(-1, 0, 12).tolist():
-        keep_better(stored(top * fraction))
+        keep_better(stored(top * fraction, dtype))
     coarse = best
     for factor in (0.88, 0.92, 0.96, 1.04, 1.08, 1.12):
-        keep_better(stored(coarse * factor))
+        keep_better(stored(coarse * factor, dtype))
     for _ in range(2):
         value = nearest(weight, bits, best)
         square = reduce(value * value, shape)
-        keep_better(stored(torch.where(square > 0, best * reduce(value * weight, shape) / square, best)))
+        keep_better(stored(torch.where(square > 0, best * reduce(value * weight, shape) / square, best), dtype))
     return best
 
 

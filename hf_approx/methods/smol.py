@@ -119,7 +119,7 @@ class Smol(GridMethod):
         initial = config.initial_bits if target is None else max(config.initial_bits, target)
         bits = torch.full([1] * weight.dim(), round(target or initial), dtype=torch.uint8, device=weight.device)
         scale = fit_scale(weight, bits, scales)
-        return NoisyWeight(parts, scale, config.train_scale, initial, config.noise, config.seed)
+        return NoisyWeight(parts, scale, config.train_scale, initial, config.noise, config.seed, weight.dtype)
 
     def _target(self, name: str) -> float | None:
         target = self._config.target_bits

@@ -91,8 +91,8 @@ class UniformQuantization(GridMethod):
         bits = torch.full([1] * weight.dim(), config.bits, dtype=torch.uint8, device=weight.device)
         parts = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
         if config.mode == "round":
-            return LateGridWeight(bits, torch.ones(parts, device=weight.device), train_scale=False)
-        return GridWeight(bits, fit_scale(weight, bits, parts), train_scale=True)
+            return LateGridWeight(bits, torch.ones(parts, device=weight.device), False, weight.dtype)
+        return GridWeight(bits, fit_scale(weight, bits, parts), True, weight.dtype)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scales, if weights are rounded in training."""
