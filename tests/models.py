@@ -81,6 +81,20 @@ def build(name, seed=0):
     return ARCHITECTURES[name]()
 
 
+def uneven():
+    """A BERT with large weights, of whose two layers the second adds next to nothing to what it is given."""
+    model = build("bert").eval()
+    with torch.no_grad():
+        for layer, size in zip(model.bert.encoder.layer, (20.0, 1e-2), strict=True):
+            for part in (layer.attention.output, layer.output):
+                part.dense.weight.mul_(size)
+            for part in (layer.attention.self.query, layer.attention.self.value, layer.intermediate.dense):
+                part.weight.mul_(20.0)
+        model.bert.pooler.dense.weight.mul_(10.0)
+        model.classifier.weight.mul_(20.0)
+    return model
+
+
 def dataset(name, size=32, seed=0):
     """A list of examples: text for text models, images for the others."""
     generator = torch.Generator().manual_seed(seed)
