@@ -10,9 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForSequenceClassification,
-)
+from transformers import AutoModelForSequenceClassification
 
 from helpers import assert_same_weights, make_trainer, weights
 from hf_approx import SmolConfig, attach_packing
