@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from accelerate import Accelerator
 from transformers import TrainingArguments
 
 import optimizer_sweep
+from config_files import ConfigError, read_yaml
 from helpers import ROOT
 from hf_approx import AvaGradConfig
 
@@ -63,7 +65,8 @@ def test_smoke_ends_soon_and_says_what_to_use(tmp_path, capsys):
     ("override", "message"),
     [
         ("eps_decades=[2,-8]", "eps_decades must be two powers of ten, the smaller first"),
-        ("lr_decades=[0.5,1]", "lr_decades must be two powers of ten"),
+        ("lr_decades=[0.5,1]", "lr_decades.0 must be an integer, got 0.5"),
+        ("lr_decades=[1]", "lr_decades must be two powers of ten"),
         ("lrs_per_decade=0", "lrs_per_decade must be a positive integer"),
         ("seeds=[]", "seeds must be integers, at least one"),
         ("task=chess", "task must be digits or text_classification, got 'chess'"),
@@ -79,6 +82,19 @@ def test_a_wrong_sweep_config_is_one_line(tmp_path, capsys, override, message):
     assert optimizer_sweep.main([*options, "--set", "eps_decades=[0,0]", "--set", override]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_digits_are_refused_in_fp16(tmp_path):
+    """accelerate wants a GPU for fp16, so a plain accelerator is told afterwards."""
+    accelerator = Accelerator(cpu=True)
+    config = read_yaml(optimizer_sweep.SweepRecipe, DIGITS)
+    optimizer_sweep.Digits(config, accelerator)
+    accelerator.state._mixed_precision = "fp16"
+    try:
+        with pytest.raises(ConfigError, match="task: digits cannot train in fp16"):
+            optimizer_sweep.Digits(config, accelerator)
+    finally:
+        accelerator.state._mixed_precision = "no"
 
 
 def test_a_text_config_that_is_nowhere_is_one_line(tmp_path, capsys):
