@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from accelerate import Accelerator
 from transformers import TrainingArguments
 
 import optimizer_sweep
-from config_files import ConfigError, read_yaml
-from helpers import ROOT
+from helpers import ROOT, python
 from hf_approx import AvaGradConfig
 
 DIGITS = ROOT / "recipes" / "configs" / "sweep_digits.yaml"
@@ -85,16 +83,13 @@ def test_a_wrong_sweep_config_is_one_line(tmp_path, capsys, override, message):
 
 
 def test_digits_are_refused_in_fp16(tmp_path):
-    """accelerate wants a GPU for fp16, so a plain accelerator is told afterwards."""
-    accelerator = Accelerator(cpu=True)
-    config = read_yaml(optimizer_sweep.SweepRecipe, DIGITS)
-    optimizer_sweep.Digits(config, accelerator)
-    accelerator.state._mixed_precision = "fp16"
-    try:
-        with pytest.raises(ConfigError, match="task: digits cannot train in fp16"):
-            optimizer_sweep.Digits(config, accelerator)
-    finally:
-        accelerator.state._mixed_precision = "no"
+    """As `accelerate launch --mixed_precision fp16` says it to the script."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import optimizer_sweep as s; sys.exit(s.main(sys.argv[2:]))"
+    options = ["--config", DIGITS, "--output_dir", tmp_path / "out", "--smoke"]
+    result = python(code, ROOT / "recipes", *options, check=False, ACCELERATE_MIXED_PRECISION="fp16")
+    assert result.returncode == 2
+    assert "error: task: digits cannot train in fp16, whose scaled gradients" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_config_that_is_nowhere_is_one_line(tmp_path, capsys):
