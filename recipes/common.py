@@ -229,7 +229,7 @@ def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
     kind = options.pop("type", None)
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in known:
         raise ConfigError(f"model: type must be one transformers knows, such as {examples}, got {kind!r}.")
-    if "dtype" in options:
+    if options.keys() & {"dtype", "torch_dtype"}:
         raise ConfigError("model: set the recipe's own option dtype, not one of the model.")
     defaults = CONFIG_MAPPING[kind]()
     for name in options:

@@ -159,6 +159,7 @@ def test_shared_layers_from_scratch(config, tmp_path):
         (["model.type=lama"], "type must be one transformers knows, such as gpt2 or llama, got 'lama'"),
         (["model.hiden_size=3"], "LlamaConfig has no option 'hiden_size'"),
         (["model.dtype=float16"], "model: set the recipe's own option dtype"),
+        (["model.torch_dtype=float16"], "model: set the recipe's own option dtype"),
         (["tokenizer=null"], "tokenizer must be given for a model from scratch"),
         (["block_size=0"], "block_size must be a positive integer, got 0"),
         (["block_size=33"], "the model has 32 positions, got 33"),
