@@ -21,7 +21,8 @@ from hf_approx.methods import SmolConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-from common import load_data, read_config, weight_bytes
+from common import RecipeConfig, load_data, weight_bytes
+from config_files import read_yaml
 
 
 def accuracy(model: PreTrainedModel, loader: DataLoader[Any]) -> float:
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch-size", type=int, default=8)
     options = parser.parse_args()
-    config = read_config(options.config)
+    config = read_yaml(RecipeConfig, options.config)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = load_data(config)
     label = config.label_column

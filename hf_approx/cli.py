@@ -44,6 +44,8 @@ def train(
     output_dir: Annotated[Path, typer.Option(help="Where models are saved.")] = Path("outputs"),
     recipe: Annotated[str, typer.Option(help="Name of the recipe.")] = "text_classification",
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, overrides the config.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="End in seconds, on a handful of examples.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoints.")] = False,
 ) -> None:
     """Run a recipe with `accelerate launch`."""
     package = Path(hf_approx.__file__).parent
@@ -57,6 +59,7 @@ def train(
     command += ["--config", str(config), "--output_dir", str(output_dir)]
     for value in set_ or []:
         command += ["--set", value]
+    command += [*(["--smoke"] if smoke else []), *(["--resume"] if resume else [])]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 

@@ -1,41 +1,42 @@
-"""What recipes share: the command line, reading a config, finding models and data, measuring what is on disk."""
+"""What recipes share: the command line, options, finding models and data, measuring what is on disk."""
 
 import argparse
 import importlib
 import json
-import re
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, get_type_hints
 
+import evaluate
 import torch
-import yaml
 from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_dataset
-from transformers import CONFIG_MAPPING, TrainingArguments
+from datasets.exceptions import DatasetsError
+from rich.console import Console
+from transformers import CONFIG_MAPPING, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from config_files import ConfigError, build, describe, fits
 from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.methods import METHODS, MethodConfig
 
 RECIPES = Path(__file__).parent
-
-T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A recipe's config says something impossible."""
+DTYPES = ("float32", "auto", "bfloat16", "float16")
 
 
-def command_line(doc: str | None, output_dir: str | None, smoke: Sequence[str]) -> argparse.ArgumentParser:
+def command_line(
+    doc: str | None, output_dir: str | None, smoke: Sequence[str], resume: bool = False
+) -> argparse.ArgumentParser:
     """The arguments of every recipe; `overrides` makes of them what `read_yaml` takes.
 
     Args:
         doc: The recipe's docstring; its first line is shown.
         output_dir: Where outputs go if nothing else is said.
         smoke: Overrides that make it end in seconds.
+        resume: Whether it can go on from checkpoints.
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
@@ -43,12 +44,52 @@ def command_line(doc: str | None, output_dir: str | None, smoke: Sequence[str]) 
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
     sizes = ", ".join(smoke).replace("%", "%%")
     parser.add_argument("--smoke", action="store_const", const=smoke, default=(), help=f"end in seconds: {sizes}")
+    if resume:
+        parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
     return parser
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
     """What `--smoke` and then `--set` change in the config."""
     return [*options.smoke, *(options.set or [])]
+
+
+def console() -> Console:
+    """The standard output, wide enough for a table if it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+@dataclass
+class FoldConfig:
+    """How shared weights are folded after training.
+
+    Attributes:
+        threshold: As in `hf_approx.fold`, like the next two.
+        layers: As above.
+        space: As above.
+        num_train_epochs: Of the training after it; 0: none.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    threshold: float | None = None
+    layers: int | None = None
+    space: str = "weights"
+    num_train_epochs: float = 0
+
+    def __post_init__(self) -> None:
+        # What `fold` would find too, but only when everything is trained.
+        if self.threshold is not None and self.layers is not None:
+            raise ValueError("give threshold or layers, not both.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be above 0 and at most 1, got {self.threshold!r}.")
+        if self.layers is not None and self.layers < 1:
+            raise ValueError(f"layers must be above 0, got {self.layers!r}.")
+        if self.space not in ("coefficients", "weights"):
+            raise ValueError(f"space must be coefficients or weights, got {self.space!r}.")
+        if self.num_train_epochs < 0:
+            raise ValueError(f"num_train_epochs must be >= 0, got {self.num_train_epochs!r}.")
 
 
 @dataclass(kw_only=True)
@@ -65,14 +106,23 @@ class RunConfig:
         training: Arguments of `transformers.TrainingArguments`.
         optimizer: Arguments of `AvaGradConfig`, or nothing for the optimizer `training` names.
         approx: Methods in order: each `{method: NAME, ...fields of its config}`.
-        fold: Fold the shared weights afterwards: arguments of `hf_approx.fold` and, for more training after it,
-            `num_train_epochs`.
-        store_dtype: Dtype of the stored weights.
+        fold: Fold the shared weights afterwards: arguments of `FoldConfig`.
+        dtype: Dtype of the weights in training, whatever a pretrained model is stored in; "auto": the model's own.
+            Updates smaller than the steps of a half precision are lost: to compute in one, set `training.bf16` or
+            `training.fp16` and leave the weights in float32.
+        store_dtype: Dtype of the stored weights of a compressed model; None, and a dense model: that of training.
         baseline: Also train the dense model, with the same settings.
         card: What the model card says and no trainer can know; see `ApproxTrainer.about`.
+
+    Raises:
+        ConfigError: An option says what can be known to be wrong before anything is loaded.
     """
 
     arguments: ClassVar[type[TrainingArguments]] = TrainingArguments
+    positive: ClassVar[Sequence[str]] = ("max_train_samples", "max_eval_samples")
+    """Options that must be above 0, if they are given."""
+    streams: ClassVar[bool] = False
+    """Whether the data may be a stream."""
 
     dataset: dict[str, Any]
     train_split: str = "train"
@@ -83,9 +133,32 @@ class RunConfig:
     optimizer: dict[str, Any] | None = None
     approx: list[dict[str, Any]] = field(default_factory=list)
     fold: dict[str, Any] | None = None
+    dtype: str = "float32"
     store_dtype: str | None = "float16"
     baseline: bool = True
     card: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(self.arguments)
+        for name, value in self.training.items():
+            if name not in {f.name for f in fields(self.arguments)}:
+                raise ConfigError(f"training: {self.arguments.__name__} has no option {name!r}.")
+            # Options that may be text take more than their annotation says.
+            if not fits("", hints[name]) and not fits(value, hints[name]):
+                raise ConfigError(f"training: {name} must be {describe(hints[name])}, got {value!r}.")
+        for name in self.positive:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if not self.methods() and not self.baseline:
+            raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
+        self.avagrad()
+        if self.folding() is not None and not any(isinstance(method, SharingConfig) for method in self.methods()):
+            raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
+        if self.dataset.get("streaming") and not self.streams:
+            raise ConfigError("dataset: this recipe cannot stream.")
 
     def methods(self) -> list[MethodConfig]:
         """The method configs; raises `ConfigError` for an unknown method or field."""
@@ -102,28 +175,9 @@ class RunConfig:
         """AvaGrad's settings, if the recipe asks for it."""
         return None if self.optimizer is None else build(AvaGradConfig, self.optimizer, "optimizer")
 
-    def check(self, *positive: str) -> None:
-        """Raise `ConfigError` for what can be known to be wrong before anything is loaded.
-
-        Args:
-            positive: Options of a subclass that must be positive integers.
-        """
-        for name in self.training:
-            if name not in {f.name for f in fields(self.arguments)}:
-                raise ConfigError(f"training: {self.arguments.__name__} has no option {name!r}.")
-        for name in (*positive, "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and (value is not None or name in positive):
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}.")
-        if not self.methods() and not self.baseline:
-            raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
-        self.avagrad()
-        if self.fold is not None:
-            if not any(isinstance(method, SharingConfig) for method in self.methods()):
-                raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
-            for name in self.fold:
-                if name not in (known := ("threshold", "layers", "space", "num_train_epochs")):
-                    raise ConfigError(f"fold: unknown option {name!r}; known: {', '.join(known)}.")
+    def folding(self) -> FoldConfig | None:
+        """How to fold, if the recipe asks for it."""
+        return None if self.fold is None else build(FoldConfig, self.fold, "fold")
 
 
 @dataclass
@@ -138,79 +192,18 @@ class RecipeConfig(RunConfig):
         max_length: Longest input, in tokens.
     """
 
+    positive = (*RunConfig.positive, "max_length")
+
     model: str
-    text_columns: list[str]
+    text_columns: list[str] | str
     label_column: str = "label"
     metric: str = "metrics/accuracy.py"
     max_length: int = 128
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text, for want of a point; here it is the number everyone means."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
-
-
-def build(cls: type[T], options: dict[str, Any], where: str) -> T:
-    """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
-    if not isinstance(options, dict):
-        raise ConfigError(f"{where} must be a mapping of options, got {options!r}.")
-    known = {f.name: f for f in fields(cast(Any, cls))}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
-    missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in options]
-    if missing:
-        raise ConfigError(f"{where}: {', '.join(sorted(missing))} must be given.")
-    try:
-        return cls(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def read_yaml(cls: type[T], path: str | Path, overrides: list[str] | None = None) -> T:
-    """Read a YAML file into a dataclass; each override is `KEY=VALUE` or `KEY.SUBKEY=VALUE`, its value YAML.
-
-    Raises:
-        ConfigError: The file is missing, no YAML mapping, or has unknown, missing or impossible values.
-    """
-    try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping of options.")
-    for override in overrides or []:
-        _override(data, override)
-    return build(cls, data, str(path))
-
-
-def read_config(path: str | Path, overrides: list[str] | None = None) -> RecipeConfig:
-    """Read the config of a text recipe, as `read_yaml` does, and check what it holds."""
-    config = read_yaml(RecipeConfig, path, overrides)
-    if isinstance(config.text_columns, str):
-        config.text_columns = [config.text_columns]
-    config.check("max_length")
-    return config
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    """Set one value of the config in place; numbers in the key are positions in a list."""
-    key, separator, value = override.partition("=")
-    if not separator:
-        raise ConfigError(f"--set needs KEY=VALUE, got {override!r}.")
-    *parents, last = key.split(".")
-    place: Any = data
-    try:
-        for part in parents:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.load(value, _Loader)
-    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
-        raise ConfigError(f"--set: the config has no place {key!r} for {value!r}.") from None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.text_columns, str):
+            self.text_columns = [self.text_columns]
 
 
 def resolve_model(name: str) -> str:
@@ -236,21 +229,29 @@ def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
     kind = options.pop("type", None)
     if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in known:
         raise ConfigError(f"model: type must be one transformers knows, such as {examples}, got {kind!r}.")
+    if options.keys() & {"dtype", "torch_dtype"}:
+        raise ConfigError("model: set the recipe's own option dtype, not one of the model.")
     defaults = CONFIG_MAPPING[kind]()
     for name in options:
         if not hasattr(defaults, name):
             raise ConfigError(f"model: {type(defaults).__name__} has no option {name!r}.")
 
 
-def fresh_model(auto: Any, model: str | dict[str, Any], scratch: Any) -> Any:
+def fresh_model(
+    auto: Any, model: str | dict[str, Any], dtype: str, scratch: Any = None, **options: Any
+) -> PreTrainedModel:
     """A pretrained model, or one from scratch.
 
     Args:
         auto: The `AutoModelFor...` that makes it.
         model: As recipes name it: where it is, or `{type: NAME, ...}`.
+        dtype: Of its weights; "auto": the one it is stored in or, from scratch, its config's.
         scratch: Config of the one from scratch.
+        options: Of `from_pretrained`.
     """
-    return auto.from_config(scratch) if isinstance(model, dict) else auto.from_pretrained(resolve_model(model))
+    if isinstance(model, dict):
+        return auto.from_config(scratch, **({} if dtype == "auto" else {"dtype": dtype}))
+    return auto.from_pretrained(resolve_model(model), dtype=dtype, **options)
 
 
 def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
@@ -262,13 +263,18 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
     options = dict(config.dataset)
     if "python" in options:
         source = options.pop("python")
-        module, _, function = source.partition(":")
+        module, _, function = str(source).partition(":")
         try:
             data = getattr(importlib.import_module(module), function)(**options)
-        except (ImportError, AttributeError, TypeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"dataset: cannot load {source!r}: {error}") from None
+    elif "path" not in options:
+        raise ConfigError("dataset: give path, for datasets.load_dataset, or python, for a function.")
     else:
-        data = load_dataset(**options)
+        try:
+            data = load_dataset(**options)
+        except (TypeError, ValueError, OSError, DatasetsError) as error:
+            raise ConfigError(f"dataset: cannot load {options['path']!r}: {error}") from None
     if not isinstance(data, DatasetDict | IterableDatasetDict):
         raise ConfigError(
             "dataset: it must have several splits; leave out 'split' and set train_split and eval_split."
@@ -318,6 +324,19 @@ def metric_path(name: str) -> str:
     """A metric file beside the recipes, or a name `evaluate` knows."""
     local = RECIPES / name
     return str(local) if local.exists() else name
+
+
+def load_metric(name: str, example: list[Any]) -> tuple[Any, list[str]]:
+    """A metric, and the names of the numbers it computes, from an example of predictions.
+
+    Raises:
+        ConfigError: What it needs is not installed.
+    """
+    try:
+        metric = evaluate.load(metric_path(name))
+    except ImportError as error:
+        raise ConfigError(f"metric: {error}") from None
+    return metric, list(metric.compute(predictions=example, references=example))
 
 
 def last_checkpoint(folder: str) -> str | None:

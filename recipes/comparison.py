@@ -1,28 +1,34 @@
 """Dense and compressed in one run: train both, save both, load both back, and print one table."""
 
+import inspect
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rich.console import Console
+import numpy as np
+import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import EvalPrediction, PreTrainedModel, set_seed
 
 from common import (
-    ConfigError,
+    FoldConfig,
     RunConfig,
     command_line,
+    console,
     last_checkpoint,
+    load_metric,
     load_seconds,
     overrides,
     same_logits,
     weight_bytes,
     write_json,
 )
+from config_files import ConfigError, read_yaml
 from hf_approx import ApproxTrainer, fold
 from hf_approx.inspection import inspect_checkpoint
 
@@ -32,11 +38,15 @@ class Comparison(ABC):
 
     Attributes:
         auto: The `AutoModelFor...` that loads what was saved.
-        scores: Names of the numbers that say how good a model is.
+        config_class: What its YAML file is read into.
+        smoke: Overrides that make it end in seconds.
         trainer_class: What trains it.
+        scores: Names of the numbers that say how good a model is.
     """
 
     auto: ClassVar[Any]
+    config_class: ClassVar[type[RunConfig]]
+    smoke: ClassVar[Sequence[str]]
     trainer_class: ClassVar[Any] = ApproxTrainer
     scores: Sequence[str]
 
@@ -67,13 +77,19 @@ class Comparison(ABC):
     ) -> ApproxTrainer:
         """A trainer of the given model or a fresh one, dense or compressed; `training` overrides the config's."""
         config = self.config
-        args = config.arguments(
-            output_dir=str(self.output_dir / f"{name}-checkpoints"),
-            **{"report_to": [], "save_strategy": "no", **config.training, **training},
-        )
+        try:
+            args = config.arguments(
+                output_dir=str(self.output_dir / f"{name}-checkpoints"),
+                **{"report_to": [], "save_strategy": "no", **config.training, **training},
+            )
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"training: {error}") from None
         set_seed(args.seed)
+        model = self.model() if model is None else model
+        if args.fp16 and any(param.dtype == torch.float16 for param in model.parameters()):
+            raise ConfigError("dtype: training.fp16 scales gradients of float32 weights; set dtype: float32.")
         trainer = self.trainer_class(
-            model=self.model() if model is None else model,
+            model=model,
             args=args,
             approx=config.methods() if compressed else [],
             optimizer=config.avagrad(),
@@ -90,8 +106,8 @@ class Comparison(ABC):
 
     def fold(self, trainer: ApproxTrainer) -> dict[str, dict[str, Any]]:
         """Fold the trained model and measure it and, if the config says so, what more training makes of it."""
-        options = dict(self.config.fold or {})
-        epochs = options.pop("num_train_epochs", 0)
+        options = asdict(self.config.folding() or FoldConfig())
+        epochs = options.pop("num_train_epochs")
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
         folding = fold(model, **options)
         loops = "; ".join(f"{stack}: {', '.join(map(str, found))}" for stack, found in folding.loops.items())
@@ -127,6 +143,36 @@ class Comparison(ABC):
         return row
 
 
+class Classifier(Comparison):
+    """One whose metric is of the likeliest classes.
+
+    Attributes:
+        labels: Names of the classes.
+        names: The same, as options of a model's config.
+    """
+
+    def __init__(self, config: Any, output_dir: str, labels: list[str]) -> None:
+        super().__init__(config, output_dir)
+        self.labels = labels
+        self.names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        self.metric, self.scores = load_metric(config.metric, [0, 1])
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """What the metric says of logits of shape (N, classes) and class numbers of shape (N,)."""
+        return self.metric.compute(
+            predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
+        )
+
+    def trainer(
+        self, name: str, compressed: bool, model: PreTrainedModel | None = None, **training: Any
+    ) -> ApproxTrainer:
+        """See `Comparison.trainer`."""
+        trainer = super().trainer(name, compressed, model, **training)
+        # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
+        trainer.model_accepts_loss_kwargs = False
+        return trainer
+
+
 def show(rows: dict[str, dict[str, Any]], scores: Sequence[str]) -> None:
     """Print the table of dense against compressed."""
     table = Table(title="Dense against compressed")
@@ -144,34 +190,24 @@ def show(rows: dict[str, dict[str, Any]], scores: Sequence[str]) -> None:
             f"{row['load_seconds']:.2f} s",
             "yes" if row["reloaded_equal"] else "NO",
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
-def run(
-    make: Callable[[str, list[str], str], Comparison],
-    argv: list[str] | None,
-    name: str,
-    description: str | None,
-    smoke: Sequence[str] = (),
-) -> int:
-    """Run a recipe from the command line.
+def run(recipe_class: type[Comparison], argv: list[str] | None) -> int:
+    """Run a recipe from the command line; its outputs go to a folder named as its file.
 
     Args:
-        make: Makes it from the path of a config, overrides and the output folder.
+        recipe_class: What runs; the docstring of its module describes it.
         argv: Arguments; None for those of the process.
-        name: Of the recipe; its outputs go to a folder of this name.
-        description: The module's docstring.
-        smoke: Overrides that make it end in seconds.
 
     Returns:
         The exit code.
     """
-    parser = command_line(description, f"outputs/{name}", smoke)
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
-    options = parser.parse_args(argv)
+    name, doc = Path(inspect.getfile(recipe_class)).stem, sys.modules[recipe_class.__module__].__doc__
+    options = command_line(doc, f"outputs/{name}", recipe_class.smoke, resume=True).parse_args(argv)
     try:
-        recipe = make(options.config, overrides(options), options.output_dir)
-        config = recipe.config
+        config = read_yaml(recipe_class.config_class, options.config, overrides(options))
+        recipe = recipe_class(config, options.output_dir)
         names = [name for name, wanted in (("dense", config.baseline), ("compressed", config.approx)) if wanted]
         # Made before the first training starts, so that a mistake in the second is reported at once.
         trainers = {name: recipe.trainer(name, compressed=name == "compressed") for name in names}

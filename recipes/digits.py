@@ -5,7 +5,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from torch.utils.data import TensorDataset
 
-from common import ConfigError
+from config_files import ConfigError
 
 VALIDATION = 360
 """Of the 1,797 digits; the split is the same for every seed."""

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from common import ConfigError, RunConfig, build
+from common import RunConfig
+from config_files import ConfigError, build
 from gan_networks import Discriminator, Generator, GeneratorConfig
 from hf_approx import AvaGrad, AvaGradConfig
 from hf_approx.methods import Method, MethodConfig
@@ -114,7 +115,7 @@ class GanRecipe:
     def __post_init__(self) -> None:
         for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < least):
+            if value is not None and value < least:
                 raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}.")
         if self.num_channels not in (1, 3):
             raise ConfigError(f"num_channels must be 1 or 3, got {self.num_channels!r}.")
@@ -125,7 +126,7 @@ class GanRecipe:
             )
         if self.store_dtype is not None:
             dtype_from_name(self.store_dtype)
-        self.data.check()
+        self.data.methods()  # checks what every recipe has
         for network in ("generator", "discriminator"):
             self.optimizer(network, [nn.Parameter(torch.zeros(1))])
         # On networks that are thrown away, so that a mistake is reported before anything is trained.
@@ -141,10 +142,7 @@ class GanRecipe:
     def optimizer_config(self, network: str) -> AvaGradConfig | AdamConfig:
         """Settings for the weights of the `"generator"` or the `"discriminator"`."""
         where = f"{network}_optimizer"
-        options = getattr(self, where)
-        if not isinstance(options, dict):
-            raise ConfigError(f"{where} must be a mapping of options, got {options!r}.")
-        options = dict(options)
+        options = dict(getattr(self, where))
         kinds: dict[str, type[AvaGradConfig] | type[AdamConfig]] = {"avagrad": AvaGradConfig, "adam": AdamConfig}
         kind = options.pop("method", "avagrad")
         if kind not in kinds:

@@ -17,7 +17,7 @@ from torch.nn.functional import relu
 from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
-from common import ConfigError
+from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
 from hf_approx.methods import Method

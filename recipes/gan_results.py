@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModel
 
-from common import weight_bytes, write_json
+from common import console, weight_bytes, write_json
 from gan_config import GanRecipe
 from gan_game import generate
 from gan_networks import Generator
@@ -116,9 +115,9 @@ def show(results: dict[str, Any]) -> None:
             f"{row['dense_bytes']:,}",
             "equal" if row["reloaded_equal"] else "NOT EQUAL",
         )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(
+    output = console()
+    output.print(table)
+    output.print(
         "Squared Fréchet distance to held-out images, of the features of a classifier trained on the same data that "
         f"finds {others['classifier_accuracy']:.1%} of their classes. It is no FID: Inception is not used."
     )

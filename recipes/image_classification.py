@@ -8,8 +8,6 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import evaluate
-import numpy as np
 import torch
 from datasets import Image
 from PIL.Image import Image as Picture
@@ -21,17 +19,15 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BaseImageProcessor,
-    EvalPrediction,
     PreTrainedModel,
     ViTImageProcessorPil,
     default_data_collator,
 )
 
-from common import ConfigError, RunConfig, check_scratch, load_labelled, metric_path, read_yaml, resolve_model
-from comparison import Comparison, run
+from common import RunConfig, check_scratch, fresh_model, load_labelled, resolve_model
+from comparison import Classifier, run
+from config_files import ConfigError
 from hf_approx import ApproxTrainer
-
-SMOKE = ("max_train_samples=128", "max_eval_samples=64", "training.max_steps=8")
 
 
 @dataclass
@@ -51,6 +47,8 @@ class ImageConfig(RunConfig):
         metric: A name for `evaluate.load`, or a file beside this one.
     """
 
+    positive = (*RunConfig.positive, "image_size")
+
     model: str | dict[str, Any]
     image_column: str = "image"
     label_column: str = "label"
@@ -59,20 +57,14 @@ class ImageConfig(RunConfig):
     flip: bool = False
     metric: str = "metrics/accuracy.py"
 
-
-def read_config(path: str, overrides: list[str] | None = None) -> ImageConfig:
-    """Read the config of an image classifier, as `read_yaml` does, and check what it holds."""
-    config = read_yaml(ImageConfig, path, overrides)
-    config.check(*(["image_size"] if config.image_size is not None else []))
-    if isinstance(config.model, dict):
-        check_scratch(config.model, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "vit or resnet")
-    elif config.image_size is not None:
-        raise ConfigError("image_size: only for a model from scratch; a pretrained one has its image processor.")
-    if config.crop is not None and not (isinstance(config.crop, int | float) and 0 < config.crop <= 1):
-        raise ConfigError(f"crop must be above 0 and at most 1, got {config.crop!r}.")
-    if config.dataset.get("streaming"):
-        raise ConfigError("dataset: this recipe cannot stream.")
-    return config
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.model, dict):
+            check_scratch(self.model, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "vit or resnet")
+        elif self.image_size is not None:
+            raise ConfigError("image_size: only for a model from scratch; a pretrained one has its image processor.")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise ConfigError(f"crop must be above 0 and at most 1, got {self.crop!r}.")
 
 
 @dataclass(frozen=True)
@@ -110,27 +102,25 @@ class Inputs:
         return picture
 
 
-class ImageClassifier(Comparison):
+class ImageClassifier(Classifier):
     """A classifier on one data set of images."""
 
     auto: ClassVar[Any] = AutoModelForImageClassification
+    config_class = ImageConfig
+    smoke = ("max_train_samples=128", "max_eval_samples=64", "training.max_steps=8")
     config: ImageConfig
 
     def __init__(self, config: ImageConfig, output_dir: str) -> None:
-        super().__init__(config, output_dir)
         data = load_labelled(config, config.label_column, config.image_column)
         if not isinstance(data["train"].features[config.image_column], Image):
             raise ConfigError(f"dataset: the column {config.image_column!r} holds no images.")
-        self.labels = data["train"].features[config.label_column].names
-        names = {"id2label": dict(enumerate(self.labels)), "label2id": {n: i for i, n in enumerate(self.labels)}}
+        super().__init__(config, output_dir, data["train"].features[config.label_column].names)
         if isinstance(config.model, dict):
             options = dict(config.model)
-            self.model_config = AutoConfig.for_model(options.pop("type"), **names, **options)
+            self.model_config = AutoConfig.for_model(options.pop("type"), **self.names, **options)
         else:
-            self.model_config = AutoConfig.from_pretrained(resolve_model(config.model), **names)
+            self.model_config = AutoConfig.from_pretrained(resolve_model(config.model), **self.names)
         self.processor = self._processor()
-        self.metric = evaluate.load(metric_path(config.metric))
-        self.scores = list(self.metric.compute(predictions=[0, 1], references=[0, 1]))
         # Decoded and processed when they are read: a large set of images fits no memory.
         mode = "L" if self._channels() == 1 else "RGB"
         inputs = Inputs(self.processor, mode, config.image_column, config.label_column)
@@ -157,18 +147,10 @@ class ImageClassifier(Comparison):
         half = [0.5] * self._channels()
         return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=half, image_std=half)
 
-    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.metric.compute(
-            predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
-        )
-
     def model(self) -> PreTrainedModel:
         """The pretrained one, with a new head where its classes are others; or one from scratch."""
-        if isinstance(self.config.model, dict):
-            return self.auto.from_config(self.model_config)
-        return self.auto.from_pretrained(
-            resolve_model(self.config.model), config=self.model_config, ignore_mismatched_sizes=True
-        )
+        options = {"config": self.model_config, "ignore_mismatched_sizes": True}
+        return fresh_model(self.auto, self.config.model, self.config.dtype, self.model_config, **options)
 
     def parts(self) -> dict[str, Any]:
         """Images and the metric."""
@@ -177,7 +159,7 @@ class ImageClassifier(Comparison):
             "eval_dataset": self.data["validation"],
             "processing_class": self.processor,
             "data_collator": default_data_collator,
-            "compute_metrics": self._metrics,
+            "compute_metrics": self.metrics,
         }
 
     def trainer(
@@ -185,10 +167,7 @@ class ImageClassifier(Comparison):
     ) -> ApproxTrainer:
         """See `Comparison.trainer`."""
         # The model's inputs are made of columns whose names it does not know.
-        trainer = super().trainer(name, compressed, model, **{"remove_unused_columns": False, **training})
-        # Classifiers return a mean over their batch, even those that accept `num_items_in_batch` and ignore it.
-        trainer.model_accepts_loss_kwargs = False
-        return trainer
+        return super().trainer(name, compressed, model, **{"remove_unused_columns": False, **training})
 
     def sample(self, trainer: ApproxTrainer) -> dict[str, Tensor]:
         """The first eight of the validation split."""
@@ -197,13 +176,7 @@ class ImageClassifier(Comparison):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    return run(
-        lambda path, overrides, folder: ImageClassifier(read_config(path, overrides), folder),
-        argv,
-        "image_classification",
-        __doc__,
-        SMOKE,
-    )
+    return run(ImageClassifier, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from accelerate import PartialState
 from datasets import Dataset, Image
 from torch import Tensor
 
-from common import ConfigError, command_line, load_labelled, overrides, read_yaml, write_json
+from common import command_line, load_labelled, overrides, write_json
+from config_files import ConfigError, read_yaml
 from frechet import fit, squared_distance
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate
@@ -125,9 +126,7 @@ class Experiment:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    parser = command_line(__doc__, "outputs/image_generation", SMOKE)
-    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoints")
-    options = parser.parse_args(argv)
+    options = command_line(__doc__, "outputs/image_generation", SMOKE, resume=True).parse_args(argv)
     folder = Path(options.output_dir)
     try:
         config = read_yaml(GanRecipe, options.config, overrides(options))

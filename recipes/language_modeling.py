@@ -24,11 +24,11 @@ from transformers import (
     default_data_collator,
 )
 
-from common import ConfigError, RunConfig, check_scratch, fresh_model, load_splits, read_yaml, resolve_model
+from common import RunConfig, check_scratch, fresh_model, load_splits, resolve_model
 from comparison import Comparison, run
+from config_files import ConfigError
 from hf_approx import ApproxTrainer
 
-SMOKE = ("max_train_samples=64", "max_eval_samples=8", "training.max_steps=8")
 SHUFFLED_TEXTS = 1000
 """Texts a stream is shuffled among."""
 
@@ -46,26 +46,25 @@ class LanguageModelConfig(RunConfig):
             `max_train_samples` and `max_eval_samples` count blocks.
     """
 
+    positive = (*RunConfig.positive, "block_size")
+    streams = True
+
     model: str | dict[str, Any]
     text_column: str = "text"
     tokenizer: str | None = None
     block_size: int = 128
 
-
-def read_config(path: str, overrides: list[str] | None = None) -> LanguageModelConfig:
-    """Read the config of a language model, as `read_yaml` does, and check what it holds."""
-    config = read_yaml(LanguageModelConfig, path, overrides)
-    config.check("block_size")
-    if isinstance(config.model, dict):
-        check_scratch(config.model, MODEL_FOR_CAUSAL_LM_MAPPING, "gpt2 or llama")
-        if config.tokenizer is None:
-            raise ConfigError("tokenizer must be given for a model from scratch: bytes, a Hub id or a folder.")
-    if config.dataset.get("streaming"):
-        if config.training.get("max_steps", -1) <= 0:
-            raise ConfigError("dataset: a stream has no length; set training.max_steps.")
-        if config.max_eval_samples is None:
-            raise ConfigError("dataset: a stream has no length; set max_eval_samples.")
-    return config
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.model, dict):
+            check_scratch(self.model, MODEL_FOR_CAUSAL_LM_MAPPING, "gpt2 or llama")
+            if self.tokenizer is None:
+                raise ConfigError("tokenizer must be given for a model from scratch: bytes, a Hub id or a folder.")
+        if self.dataset.get("streaming"):
+            if self.training.get("max_steps", -1) <= 0:
+                raise ConfigError("dataset: a stream has no length; set training.max_steps.")
+            if self.max_eval_samples is None:
+                raise ConfigError("dataset: a stream has no length; set max_eval_samples.")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
@@ -81,6 +80,8 @@ class LanguageModel(Comparison):
     """A causal language model on one text."""
 
     auto: ClassVar[Any] = AutoModelForCausalLM
+    config_class = LanguageModelConfig
+    smoke = ("max_train_samples=64", "max_eval_samples=8", "training.max_steps=8")
     config: LanguageModelConfig
     scores = ("loss", "perplexity")
 
@@ -144,7 +145,7 @@ class LanguageModel(Comparison):
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, or one from scratch."""
-        return fresh_model(self.auto, self.config.model, self.model_config)
+        return fresh_model(self.auto, self.config.model, self.config.dtype, self.model_config)
 
     def parts(self) -> dict[str, Any]:
         """Blocks of tokens; perplexity needs no logits."""
@@ -173,13 +174,7 @@ class LanguageModel(Comparison):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    return run(
-        lambda path, overrides, folder: LanguageModel(read_config(path, overrides), folder),
-        argv,
-        "language_modeling",
-        __doc__,
-        SMOKE,
-    )
+    return run(LanguageModel, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed, tqdm
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -27,7 +26,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import RECIPES, ConfigError, command_line, overrides, read_config, read_yaml, write_json
+from common import RECIPES, RecipeConfig, command_line, console, overrides, write_json
+from config_files import ConfigError, read_yaml
 from digits import digits
 from hf_approx.optim import (
     AvaGrad,
@@ -81,13 +81,13 @@ class SweepRecipe:
     def __post_init__(self) -> None:
         for name in ("eps_decades", "lr_decades"):
             ends = getattr(self, name)
-            if len(ends) != 2 or not all(isinstance(end, int) for end in ends) or ends[0] > ends[1]:
+            if len(ends) != 2 or ends[0] > ends[1]:
                 raise ValueError(f"{name} must be two powers of ten, the smaller first, got {ends}.")
         for name in ("lrs_per_decade", "epochs", "batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
-        if not self.seeds or not all(isinstance(seed, int) for seed in self.seeds):
-            raise ValueError(f"seeds must be integers, at least one, got {self.seeds}.")
+        if not self.seeds:
+            raise ValueError("seeds must be integers, at least one.")
         if self.task not in ("digits", "text_classification"):
             raise ValueError(f"task must be digits or text_classification, got {self.task!r}.")
         if (self.config is None) != (self.task == "digits"):
@@ -127,6 +127,11 @@ class Digits:
     alone = True
 
     def __init__(self, config: SweepRecipe, accelerator: Accelerator) -> None:
+        if accelerator.mixed_precision == "fp16":
+            raise ConfigError(
+                "task: digits cannot train in fp16, whose scaled gradients would count as larger; launch with "
+                "--mixed_precision no or bf16."
+            )
         self.config, self.accelerator = config, accelerator
         self.train_data, self.held_out = digits(accelerator.device)
 
@@ -191,7 +196,7 @@ class Text:
         )
         if not path:
             raise ConfigError(f"config: there is no {config.config}, here or in recipes/configs.")
-        self.recipe = Recipe(read_config(path, config.options), str(output_dir))
+        self.recipe = Recipe(read_yaml(RecipeConfig, path, config.options), str(output_dir))
 
     def train(self, optimizer: str, lr: float, eps: float, seed: int) -> dict[str, float]:
         """See `Task`."""
@@ -280,7 +285,7 @@ def spread(lrs: dict[float, float]) -> float:
 
 def show(found: Findings, config: SweepRecipe) -> None:
     """Print the tables and what to use."""
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    output = console()
     sign = -1 if "loss" in config.metric else 1
     best = {name: grid.best_lrs() for name, grid in found.grid.items()}
     table = Table(title="The best learning rate for each eps", show_footer=True)
@@ -294,7 +299,7 @@ def show(found: Findings, config: SweepRecipe) -> None:
             lr = best[name].get(eps)
             row += ["-", "-"] if lr is None else [f"{lr:g}", f"{sign * found.grid[name].scores[lr, eps]:.4f}"]
         table.add_row(f"{eps:g}", *row)
-    console.print(table)
+    output.print(table)
 
     table = Table(title="Two one-dimensional searches against the grid")
     for header in ("optimizer", "search", "pairs tried", "lr", "eps", config.metric):
@@ -307,9 +312,9 @@ def show(found: Findings, config: SweepRecipe) -> None:
     for optimizer, search, result in sorted(rows, key=lambda row: row[0]):
         lr, eps = result.best
         table.add_row(optimizer, search, str(result.trainings), f"{lr:.3g}", f"{eps:g}", f"{sign * result.score:.4f}")
-    console.print(table)
+    output.print(table)
     for line in suggest(found, config):
-        console.print(line, highlight=False)
+        output.print(line, highlight=False)
 
 
 def suggest(found: Findings, config: SweepRecipe) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Adam, Optimizer
 
-from common import ConfigError, build
+from config_files import ConfigError, build
 from grid_paths import GridPaths
 from hf_approx import AvaGrad, AvaGradConfig, SharingConfig
 from hf_approx.methods import Method
@@ -62,7 +62,7 @@ class Competitor:
     def __post_init__(self) -> None:
         if (self.lr is None) == (self.avagrad is None):
             raise ValueError("give lr or avagrad, and not both.")
-        if self.lr is not None and not (isinstance(self.lr, (int, float)) and self.lr > 0):
+        if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be a number above 0, got {self.lr!r}.")
         self.optimizer([nn.Parameter(torch.zeros(1))])
         self.method()
@@ -123,9 +123,9 @@ class PathRecipe:
         _positive(self, "batch_size", "evaluate_every", "held_out")
         for name in ("positive_weight", "target_f1", "fold_threshold"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value <= 0 or (name != "positive_weight" and value > 1):
+            if value <= 0 or (name != "positive_weight" and value > 1):
                 raise ValueError(f"{name} is out of range: {value!r}.")
-        if not self.seeds or not all(type(seed) is int and 0 <= seed < 2**20 for seed in self.seeds):
+        if not self.seeds or not all(0 <= seed < 2**20 for seed in self.seeds):
             raise ValueError(f"seeds must be whole numbers from 0 to {2**20 - 1}, got {self.seeds!r}.")
         for distances in (*(stage.distances for stage in self.stages), self.longer):
             self.grids.check(distances)
@@ -140,16 +140,16 @@ class PathRecipe:
     @property
     def stages(self) -> list[Stage]:
         """The curriculum."""
-        if not isinstance(self.curriculum, list) or not self.curriculum:
-            raise ConfigError("curriculum must be a list of stages.")
+        if not self.curriculum:
+            raise ConfigError("curriculum must be a list of stages, at least one.")
         return [build(Stage, options, f"curriculum {i}") for i, options in enumerate(self.curriculum)]
 
     @property
     def competitors(self) -> dict[str, Competitor]:
         """By name."""
-        if not isinstance(self.networks, dict) or not self.networks:
-            raise ConfigError("networks must map names to options.")
-        return {name: build(Competitor, options, f"networks.{name}") for name, options in dict(self.networks).items()}
+        if not self.networks:
+            raise ConfigError("networks must map names to options, at least one.")
+        return {name: build(Competitor, options, f"networks.{name}") for name, options in self.networks.items()}
 
     def network(self, name: str) -> tuple[PathNetwork, Method | None]:
         """A fresh network, and the method at work on it."""
@@ -164,5 +164,5 @@ class PathRecipe:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if type(value) is not int or value < 1:
+        if value < 1:
             raise ValueError(f"{name} must be a whole number above 0, got {value!r}.")

@@ -18,7 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from common import command_line, overrides, read_yaml, write_json
+from common import command_line, overrides, write_json
+from config_files import read_yaml
 from hf_approx import fold, layer_similarity
 from hf_approx.optim import CompositeOptimizer
 from path_config import SMOKE, PathRecipe

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from common import command_line, overrides, read_yaml, write_json
+from common import command_line, console, overrides, write_json
+from config_files import read_yaml
 from digits import digits
 from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig
 from hf_approx.loops import Ticket, TicketSearch, search_in_parallel
@@ -60,12 +60,11 @@ class TicketRecipe:
     penalty: float = 1e-8
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+        if self.batch_size < 1:
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}.")
         for name in ("lr", "weight_decay", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be a number >= 0, got {getattr(self, name)!r}.")
         if not set(self.methods) <= {"continuous", "magnitude"}:
             raise ValueError(f"methods must be continuous or magnitude, got {self.methods}.")
         if (self.sparsity is None) == (not self.initial_scores):
@@ -173,7 +172,7 @@ def show(rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         before = f"{row['supermask']:.4f}" if "supermask" in row else "-"
         table.add_row(name, f"{row['sparsity']:.2%}", before, f"{row['accuracy']:.4f}")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)
 
 
 def main(argv: list[str] | None = None) -> int:

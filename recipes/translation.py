@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import evaluate
 import numpy as np
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -26,21 +25,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import (
-    ConfigError,
-    RunConfig,
-    check_scratch,
-    first_samples,
-    fresh_model,
-    load_splits,
-    metric_path,
-    read_yaml,
-    resolve_model,
-)
+from common import RunConfig, check_scratch, first_samples, fresh_model, load_metric, load_splits, resolve_model
 from comparison import Comparison, run
+from config_files import ConfigError
 from hf_approx import ApproxSeq2SeqTrainer, ApproxTrainer
-
-SMOKE = ("max_train_samples=256", "max_eval_samples=16", "training.max_steps=8", "max_length=16")
 
 
 @dataclass
@@ -61,6 +49,7 @@ class TranslationConfig(RunConfig):
     """
 
     arguments: ClassVar[type[TrainingArguments]] = Seq2SeqTrainingArguments
+    positive = (*RunConfig.positive, "vocabulary", "max_length")
 
     model: str | dict[str, Any]
     source_column: str = "source"
@@ -71,16 +60,10 @@ class TranslationConfig(RunConfig):
     max_length: int = 64
     metric: str = "metrics/bleu.py"
 
-
-def read_config(path: str, overrides: list[str] | None = None) -> TranslationConfig:
-    """Read the config of a translation model, as `read_yaml` does, and check what it holds."""
-    config = read_yaml(TranslationConfig, path, overrides)
-    config.check("vocabulary", "max_length")
-    if isinstance(config.model, dict):
-        check_scratch(config.model, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "marian or t5")
-    if config.dataset.get("streaming"):
-        raise ConfigError("dataset: this recipe cannot stream.")
-    return config
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.model, dict):
+            check_scratch(self.model, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "marian or t5")
 
 
 def learn_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerBase:
@@ -105,16 +88,14 @@ class Translation(Comparison):
     """A translation model on one parallel text."""
 
     auto: ClassVar[Any] = AutoModelForSeq2SeqLM
+    config_class = TranslationConfig
+    smoke = ("max_train_samples=256", "max_eval_samples=16", "training.max_steps=8", "max_length=16")
     trainer_class: ClassVar[Any] = ApproxSeq2SeqTrainer
     config: TranslationConfig
 
     def __init__(self, config: TranslationConfig, output_dir: str) -> None:
         super().__init__(config, output_dir)
-        try:
-            self.metric = evaluate.load(metric_path(config.metric))
-        except ImportError as error:
-            raise ConfigError(f"metric: {error}") from None
-        self.scores = list(self.metric.compute(predictions=["a"], references=["a"]))
+        self.metric, self.scores = load_metric(config.metric, ["a"])
         columns = (config.source_column, config.target_column)
         data = first_samples(config, load_splits(config, *(column.split(".")[0] for column in columns)))
         texts = {
@@ -163,7 +144,7 @@ class Translation(Comparison):
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, or one from scratch."""
-        return fresh_model(self.auto, self.config.model, self.model_config)
+        return fresh_model(self.auto, self.config.model, self.config.dtype, self.model_config)
 
     def parts(self) -> dict[str, Any]:
         """Tokenized pairs and the metric."""
@@ -197,13 +178,7 @@ class Translation(Comparison):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
-    return run(
-        lambda path, overrides, folder: Translation(read_config(path, overrides), folder),
-        argv,
-        "translation",
-        __doc__,
-        SMOKE,
-    )
+    return run(Translation, argv)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 import hf_approx  # noqa: F401 - registers the packed format
 import image_classification
+from config_files import read_yaml
 from digits import digits, load
 from helpers import ROOT
-from image_classification import ImageClassifier, Inputs, read_config
+from image_classification import ImageClassifier, ImageConfig, Inputs
 from models import build
 
 SIDE = 16
@@ -96,13 +97,15 @@ def test_a_pretrained_model_keeps_its_body_and_processor(config, tmp_path):
     model = build("vit")
     model.config.id2label = {i: str(i) for i in range(5)}
     model.classifier = torch.nn.Linear(32, 5)
-    model.save_pretrained(tmp_path / "model")
+    model.bfloat16().save_pretrained(tmp_path / "model")
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=[0.25] * 3)
     processor.save_pretrained(tmp_path / "model")
-    recipe = ImageClassifier(read_config(config, [f"model={tmp_path / 'model'}"]), str(tmp_path))
-    assert torch.equal(recipe.model().vit.layernorm.weight, model.vit.layernorm.weight)
-    assert torch.equal(recipe.model().vit.embeddings.cls_token, model.vit.embeddings.cls_token)
-    assert recipe.model().classifier.weight.shape == (2, 32)
+    recipe = ImageClassifier(read_yaml(ImageConfig, config, [f"model={tmp_path / 'model'}"]), str(tmp_path))
+    found = recipe.model()
+    assert {param.dtype for param in found.parameters()} == {torch.float32}
+    assert torch.equal(found.vit.layernorm.weight, model.vit.layernorm.weight.float())
+    assert torch.equal(found.vit.embeddings.cls_token, model.vit.embeddings.cls_token.float())
+    assert found.classifier.weight.shape == (2, 32)
     inputs, labels = pixels(config, processor)
     found = recipe.data["validation"][:]
     assert torch.equal(torch.stack(found["pixel_values"]), inputs)
@@ -143,13 +146,13 @@ def test_the_digits_as_pictures_are_the_digits():
 
 @pytest.mark.parametrize("name", ["digits_vit_sparse80", "digits_resnet_bits4"])
 def test_models_of_the_configs_fit_the_digits(tmp_path, name):
-    recipe = ImageClassifier(read_config(ROOT / "recipes" / "configs" / f"{name}.yaml"), str(tmp_path))
+    recipe = ImageClassifier(read_yaml(ImageConfig, ROOT / "recipes" / "configs" / f"{name}.yaml"), str(tmp_path))
     trainer = recipe.trainer("compressed", compressed=True)
     assert trainer.model(**recipe.sample(trainer)).logits.shape == (8, 10)
 
 
 def test_the_config_for_a_gpu_can_be_read():
-    config = read_config(ROOT / "recipes" / "configs" / "cifar10_vit_sparse80.yaml")
+    config = read_yaml(ImageConfig, ROOT / "recipes" / "configs" / "cifar10_vit_sparse80.yaml")
     assert config.methods()[0].target_sparsity == 0.8
 
 

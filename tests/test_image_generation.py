@@ -15,7 +15,7 @@ from scipy.linalg import sqrtm
 from transformers import AutoModel
 
 import image_generation
-from common import read_yaml
+from config_files import read_yaml
 from frechet import Normal, fit, squared_distance
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate, random, to_pixels

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import language_modeling
-from language_modeling import LanguageModel, byte_tokenizer, read_config
+from config_files import read_yaml
+from language_modeling import LanguageModel, LanguageModelConfig, byte_tokenizer
 from models import build
 
 BLOCK = 16
@@ -89,8 +90,8 @@ def test_a_token_is_a_byte():
 
 def test_a_stream_has_the_blocks_of_the_whole(config, tmp_path):
     streaming = ["dataset.streaming=true", "max_eval_samples=5"]
-    whole = LanguageModel(read_config(config, ["max_eval_samples=5"]), str(tmp_path))
-    stream = LanguageModel(read_config(config, streaming), str(tmp_path))
+    whole = LanguageModel(read_yaml(LanguageModelConfig, config, ["max_eval_samples=5"]), str(tmp_path))
+    stream = LanguageModel(read_yaml(LanguageModelConfig, config, streaming), str(tmp_path))
     assert list(stream.data["validation"]) == list(whole.data["validation"])
     assert len(whole.data["validation"]) == 5
     sets = [
@@ -125,6 +126,24 @@ def test_a_pretrained_model_keeps_its_tokenizer(config, tmp_path):
     assert row["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_from_scratch_has_the_dtype_of_the_config(config, tmp_path, dtype):
+    model = LanguageModel(read_yaml(LanguageModelConfig, config, [f"dtype={dtype}"]), str(tmp_path)).model()
+    assert {str(param.dtype) for param in model.parameters()} == {f"torch.{dtype}"}
+    assert str(model.config.dtype) == f"torch.{dtype}"
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("float32", torch.float32), ("auto", torch.bfloat16)])
+def test_the_dtype_of_a_pretrained_model(config, tmp_path, dtype, found):
+    model = build("gpt2").bfloat16()
+    model.resize_token_embeddings(257)
+    model.save_pretrained(tmp_path / "model")
+    options = [f"model={tmp_path / 'model'}", f"dtype={dtype}"]
+    loaded = LanguageModel(read_yaml(LanguageModelConfig, config, options), str(tmp_path)).model()
+    assert loaded.transformer.h[0].mlp.c_fc.weight.dtype == found
+    assert torch.equal(loaded.transformer.h[0].mlp.c_fc.weight.bfloat16(), model.transformer.h[0].mlp.c_fc.weight)
+
+
 def test_shared_layers_from_scratch(config, tmp_path):
     options = ["--set", "approx=[{method: sharing, templates: 1, init: random}]", "--set", "baseline=false"]
     assert language_modeling.main(["--config", str(config), "--output_dir", str(tmp_path), *options]) == 0
@@ -139,6 +158,8 @@ def test_shared_layers_from_scratch(config, tmp_path):
     [
         (["model.type=lama"], "type must be one transformers knows, such as gpt2 or llama, got 'lama'"),
         (["model.hiden_size=3"], "LlamaConfig has no option 'hiden_size'"),
+        (["model.dtype=float16"], "model: set the recipe's own option dtype"),
+        (["model.torch_dtype=float16"], "model: set the recipe's own option dtype"),
         (["tokenizer=null"], "tokenizer must be given for a model from scratch"),
         (["block_size=0"], "block_size must be a positive integer, got 0"),
         (["block_size=33"], "the model has 32 positions, got 33"),

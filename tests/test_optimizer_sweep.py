@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainingArguments
 
 import optimizer_sweep
-from helpers import ROOT
+from helpers import ROOT, python
 from hf_approx import AvaGradConfig
 
 DIGITS = ROOT / "recipes" / "configs" / "sweep_digits.yaml"
@@ -63,7 +63,8 @@ def test_smoke_ends_soon_and_says_what_to_use(tmp_path, capsys):
     ("override", "message"),
     [
         ("eps_decades=[2,-8]", "eps_decades must be two powers of ten, the smaller first"),
-        ("lr_decades=[0.5,1]", "lr_decades must be two powers of ten"),
+        ("lr_decades=[0.5,1]", "lr_decades.0 must be an integer, got 0.5"),
+        ("lr_decades=[1]", "lr_decades must be two powers of ten"),
         ("lrs_per_decade=0", "lrs_per_decade must be a positive integer"),
         ("seeds=[]", "seeds must be integers, at least one"),
         ("task=chess", "task must be digits or text_classification, got 'chess'"),
@@ -79,6 +80,16 @@ def test_a_wrong_sweep_config_is_one_line(tmp_path, capsys, override, message):
     assert optimizer_sweep.main([*options, "--set", "eps_decades=[0,0]", "--set", override]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_digits_are_refused_in_fp16(tmp_path):
+    """As `accelerate launch --mixed_precision fp16` says it to the script."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import optimizer_sweep as s; sys.exit(s.main(sys.argv[2:]))"
+    options = ["--config", DIGITS, "--output_dir", tmp_path / "out", "--smoke"]
+    result = python(code, ROOT / "recipes", *options, check=False, ACCELERATE_MIXED_PRECISION="fp16")
+    assert result.returncode == 2
+    assert "error: task: digits cannot train in fp16, whose scaled gradients" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_config_that_is_nowhere_is_one_line(tmp_path, capsys):

@@ -14,7 +14,8 @@ import hf_approx  # noqa: F401 - registers the packed format
 import optimizer_sweep
 import text_classification
 import ticket_search
-from common import ConfigError, RecipeConfig, load_data, read_config
+from common import RecipeConfig, load_data
+from config_files import ConfigError, read_yaml
 from helpers import ROOT, launch
 from models import build
 
@@ -83,20 +84,33 @@ def test_the_dense_size_counts_what_was_removed(config, tmp_path, kinds, halved)
     assert rows["compressed"]["reloaded_equal"] is True
 
 
-def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
+def train_command(config, folder, *options):
     code = "from hf_approx.cli import main; main()"
-    options = ["--output-dir", tmp_path, "--set", "baseline=false", "--set", "approx.0.target_sparsity=0.5"]
-    result = subprocess.run(
-        [sys.executable, "-c", code, "train", str(config), *map(str, options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, "-c", code, "train", str(config), "--output-dir", str(folder), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
+    result = train_command(config, tmp_path, "--set", "baseline=false", "--set", "approx.0.target_sparsity=0.5")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "results.json").read_text())
     assert list(rows) == ["compressed"]
     assert rows["compressed"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_train_command_passes_smoke_and_resume_on(config, tmp_path):
+    """Without `--smoke` it would train three epochs of 8 batches, without `--resume` the first steps again."""
+    options = ["baseline=false", "training.max_steps=-1", "training.save_strategy=steps", "training.save_steps=3"]
+    options = [part for option in options for part in ("--set", option)]
+    arguments = ["--config", str(config), "--output_dir", str(tmp_path), *options]
+    assert text_classification.main([*arguments, "--set", "training.num_train_epochs=1"]) == 0
+    checkpoints = tmp_path / "compressed-checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
+    for step in (3, 8):
+        shutil.rmtree(checkpoints / f"checkpoint-{step}")
+    result = train_command(config, tmp_path, "--smoke", "--resume", *options)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-6", "checkpoint-8"}
 
 
 @pytest.mark.parametrize(
@@ -113,13 +127,26 @@ def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
         ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
         ("optimizer.lr=-1", "lr must be a finite number >= 0"),
         ("optimizer.lr=fast", "optimizer: "),
+        ("training.max_steps=x", "training: max_steps must be an integer, got 'x'"),
+        ("training.lr_scheduler_type=x", "training: x is not a valid SchedulerType"),
         ("training.nonsense=1", "TrainingArguments has no option 'nonsense'"),
-        ("max_train_samples=x", "max_train_samples must be a positive integer, got 'x'"),
+        ("max_train_samples=x", "max_train_samples must be an integer or null, got 'x'"),
         ("model=/no/such/model", "/no/such/model"),
         ("dataset.split=train", "leave out 'split'"),
+        ("dataset={python: 5}", "dataset: cannot load 5"),
+        ("dataset={}", "dataset: give path, for datasets.load_dataset, or python"),
+        ("dataset={path: no/such, nonsense: 1}", "dataset: cannot load 'no/such': "),
+        ("dataset.streaming=true", "dataset: this recipe cannot stream"),
         ("dataset={python: 'nowhere:load'}", "cannot load 'nowhere:load'"),
         ("approx.0.target_modules=[nowhere]", "No module of BertForSequenceClassification matches"),
         ("store_dtype=int4", "not 'int4'"),
+        ("dtype=int8", "dtype must be one of float32, auto, bfloat16, float16, got 'int8'"),
+        ("fold={layers: 0}", "fold: layers must be above 0, got 0"),
+        ("fold={threshold: high}", "fold: threshold must be a number or null, got 'high'"),
+        ("fold={layers: 1, threshold: 0.9}", "fold: give threshold or layers, not both"),
+        ("fold={num_train_epochs: -1}", "fold: num_train_epochs must be >= 0, got -1"),
+        ("fold={space: outer}", "fold: space must be coefficients or weights, got 'outer'"),
+        ("fold={epochs: 1}", "fold: unknown option 'epochs'"),
         ("fold={layers: 1}", "fold: nothing to fold without the method 'sharing'"),
         ("model=package:no_such_package/x", "'no_such_package' is not installed"),
         ("approx.7.method=x", "no place 'approx.7.method'"),
@@ -186,8 +213,8 @@ def test_ticket_search_from_several_initial_scores(tmp_path, capsys):
         ("sparsity=2", "target_sparsity must be between 0 and 1"),
         ("rounds=0", "rounds must be an integer >= 1"),
         ("mask_lr=-1", "mask_lr must be a finite number >= 0"),
-        ("batch_size=none", "batch_size must be a positive integer, got 'none'"),
-        ("lr=fast", "lr must be a number >= 0, got 'fast'"),
+        ("batch_size=none", "batch_size must be an integer, got 'none'"),
+        ("lr=fast", "lr must be a number, got 'fast'"),
         ("sparsty=0.5", "unknown option 'sparsty'"),
     ],
 )
@@ -210,10 +237,10 @@ def test_nothing_to_train_is_an_error(config, capsys):
 
 
 def test_numbers_may_lack_a_point(config):
-    options = read_config(config, ["optimizer.lr=1e-3", "approx.0.target_sparsity=9e-1"])
+    options = read_yaml(RecipeConfig, config, ["optimizer.lr=1e-3", "approx.0.target_sparsity=9e-1"])
     assert options.avagrad().lr == 0.001
     assert options.methods()[0].target_sparsity == 0.9
-    assert read_config(config, ["label_column=e3"]).label_column == "e3"
+    assert read_yaml(RecipeConfig, config, ["label_column=e3"]).label_column == "e3"
 
 
 def test_both_splits_share_one_table_of_classes(tmp_path):

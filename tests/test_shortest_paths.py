@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import shortest_paths
-from common import read_yaml
+from config_files import read_yaml
 from grid_paths import GridPaths, distances_from, on_shortest_path
 from helpers import ROOT, launch
 from path_config import SMOKE, PathRecipe
@@ -219,13 +219,14 @@ def test_the_recipe_in_seconds(tmp_path, processes):
     [
         ("sise=8", "unknown option 'sise'"),
         ("layers=5", "layers must be even, got 5"),
-        ("width=wide", "width must be an integer >= 1, got 'wide'"),
+        ("width=wide", "width must be an integer, got 'wide'"),
         ("longer=[9, 99]", "two rising numbers from 1 to"),
         ("obstacles=[0.3, 0.2]", "obstacles must be two rising probabilities"),
-        ("obstacles=none", "obstacles must be two rising probabilities"),
+        ("obstacles=none", "obstacles must be a list of numbers, got 'none'"),
         ("size=1", "size must be an integer >= 2"),
         ("curriculum=[]", "curriculum must be a list of stages"),
         ("curriculum.0.steps=0", "curriculum 0: steps must be a whole number above 0, got 0"),
+        ("curriculum.0.distances=null", "curriculum 0: distances must be a list of integers, got None"),
         ("networks={}", "networks must map names to options"),
         ("networks.shared.lr=-1", "networks.shared: lr must be a number above 0, got -1"),
         ("networks.shared.avagrad={lr: 0.1}", "networks.shared: give lr or avagrad, and not both"),
@@ -233,7 +234,8 @@ def test_the_recipe_in_seconds(tmp_path, processes):
         ("networks.shared.sharing.tempates=2", "networks.shared: sharing: unknown option 'tempates'"),
         ("networks.shared.sharing.groups={a: x}", "networks.shared: sharing: all layers have one bank"),
         ("networks.independent=dense", "networks.independent must be a mapping of options, got 'dense'"),
-        ("seeds=[a]", "seeds must be whole numbers"),
+        ("seeds=[a]", "seeds.0 must be an integer, got 'a'"),
+        ("seeds=[-1]", "seeds must be whole numbers"),
         ("target_f1=2", "target_f1 is out of range: 2"),
         ("evaluate_every=0", "evaluate_every must be a whole number above 0, got 0"),
     ],

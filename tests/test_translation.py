@@ -12,10 +12,11 @@ from babel.messages.mofile import write_mo
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 import translation
-from common import metric_path
+from common import load_metric
+from config_files import read_yaml
 from gettext_catalogues import load, read_pairs
 from hf_approx import attach_packing
-from translation import Translation, learn_tokenizer, read_config
+from translation import Translation, TranslationConfig, learn_tokenizer
 
 TINY = {
     "type": "marian",
@@ -73,7 +74,7 @@ def test_dense_and_compressed_translate_again_after_loading(config, tmp_path, ca
     assert rows["compressed"]["bits"] == pytest.approx(4, abs=0.02)
     assert rows["compressed"]["bytes"] < rows["compressed"]["dense_bytes"] < rows["dense"]["bytes"]
     printed = capsys.readouterr().out
-    recipe = Translation(read_config(str(config)), str(tmp_path))
+    recipe = Translation(read_yaml(TranslationConfig, config), str(tmp_path))
     references = [f"{x} und {y}" for x in ZAHLEN[8:] for y in ZAHLEN]
     inputs = torch.tensor(recipe.data["validation"]["input_ids"][:1])
     for name, row in rows.items():
@@ -101,10 +102,11 @@ def test_a_pretrained_model_keeps_its_tokenizer_and_gets_its_prefix(config, tmp_
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     T5ForConditionalGeneration(
         T5Config(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **sizes)
-    ).save_pretrained(tmp_path / "t5")
+    ).bfloat16().save_pretrained(tmp_path / "t5")
     tokenizer.save_pretrained(tmp_path / "t5")
     changes = [f"model={tmp_path / 't5'}", "prefix='translate: '", "max_length=12", "training.save_strategy='no'"]
-    recipe = Translation(read_config(str(config), changes), str(tmp_path))
+    recipe = Translation(read_yaml(TranslationConfig, config, changes), str(tmp_path))
+    assert {param.dtype for param in recipe.model().parameters()} == {torch.float32}
     text = recipe.tokenizer.decode(recipe.data["train"][0]["input_ids"], skip_special_tokens=True)
     assert "translate: one and one".startswith(text)
     assert len(text) > len("translate: ")
@@ -121,7 +123,7 @@ def test_a_pretrained_model_keeps_its_tokenizer_and_gets_its_prefix(config, tmp_
 
 def test_positions_that_are_computed_keep_their_digits(config, tmp_path):
     """Marian's are not in the file: a loaded model has them in full precision, so the one in memory must too."""
-    model = Translation(read_config(str(config)), str(tmp_path)).model()
+    model = Translation(read_yaml(TranslationConfig, config), str(tmp_path)).model()
     before = model.model.encoder.embed_positions.weight.clone()
     attach_packing(model, ["model.encoder.layers.0.fc1.weight"])
     assert torch.equal(model.model.encoder.embed_positions.weight, before)
@@ -132,7 +134,7 @@ def test_positions_that_are_computed_keep_their_digits(config, tmp_path):
 
 
 def test_references_are_not_cut(config, tmp_path):
-    recipe = Translation(read_config(str(config), ["max_length=3"]), str(tmp_path))
+    recipe = Translation(read_yaml(TranslationConfig, config, ["max_length=3"]), str(tmp_path))
     assert max(map(len, recipe.data["train"]["labels"])) == 3
     labels = recipe.data["validation"][3]["labels"]
     assert recipe.tokenizer.decode(labels, skip_special_tokens=True) == "neun und vier"
@@ -148,7 +150,7 @@ def test_learnt_tokens_give_every_text_back():
 
 def test_bleu_is_the_formula():
     """One of two translations is right, the other has three of five words and nothing longer than two in common."""
-    metric = translation.evaluate.load(metric_path("metrics/bleu.py"))
+    metric, _ = load_metric("metrics/bleu.py", ["a"])
     same = metric.compute(predictions=["the cat sat on it"], references=["the cat sat on it"])
     assert same == {"bleu": pytest.approx(100), "chrf": pytest.approx(100)}
     found = metric.compute(

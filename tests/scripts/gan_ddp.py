@@ -7,7 +7,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "recipes"))
 
-from common import RECIPES, read_yaml
+from common import RECIPES
+from config_files import read_yaml
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game
 

@@ -1,0 +1,139 @@
+"""Reading a recipe's YAML file into a dataclass: overrides, types, and errors that name the file and the key."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A recipe's config says something impossible."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text, for want of a point; here it is the number everyone means."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
+"""What YAML calls the types of single values."""
+
+PLURALS = {int: "integers", float: "numbers", str: "texts", dict: "mappings", list: "lists"}
+"""The same, of the entries of lists and mappings."""
+
+LISTS = (list, tuple, Sequence)
+"""Types of fields that a list of YAML is for."""
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from YAML is of an annotated type; True for types that this module does not know."""
+    kind, inner = _kind(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(fits(value, option) for option in inner)
+    if kind is dict:
+        key, entry = inner or (Any, Any)
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, entry) for k, v in value.items())
+    if kind in LISTS:
+        return isinstance(value, list) and all(fits(entry, inner[0] if inner else Any) for entry in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return kind not in SCALARS or isinstance(value, kind)
+
+
+def describe(hint: Any) -> str:
+    """An annotated type in words, such as "a list of integers or null"."""
+    kind, inner = _kind(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return " or ".join(dict.fromkeys(describe(option) for option in inner))
+    if kind is dict:
+        return "a mapping of " + PLURALS.get(_kind(inner[1]) if inner else Any, "options")
+    if kind in LISTS:
+        return "a list of " + PLURALS.get(_kind(inner[0]) if inner else Any, "values")
+    return SCALARS.get(kind, str(kind))
+
+
+def _kind(hint: Any) -> Any:
+    return get_origin(hint) or hint
+
+
+def _misfit(name: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """The innermost entry that does not fit, its key as `--set` takes it, and its type."""
+    kind, inner = _kind(hint), get_args(hint)
+    entries: Iterable[tuple[Any, Any]] = ()
+    if kind is dict and isinstance(value, dict):
+        entries = value.items()
+    elif kind in LISTS and isinstance(value, list):
+        entries = enumerate(value)
+    wrong = [(key, entry) for key, entry in entries if not fits(entry, inner[-1] if inner else Any)]
+    return _misfit(f"{name}.{wrong[0][0]}", wrong[0][1], inner[-1]) if wrong else (name, value, hint)
+
+
+def build(cls: type[T], options: dict[str, Any], where: str) -> T:
+    """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} must be a mapping of options, got {options!r}.")
+    known = {f.name: f for f in fields(cast(Any, cls))}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
+    missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in options]
+    if missing:
+        raise ConfigError(f"{where}: {', '.join(sorted(missing))} must be given.")
+    _check_types(cls, options, where)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_types(cls: type[Any], options: dict[str, Any], where: str) -> None:
+    """Raise `ConfigError` for a value of another type than its field has; unknown options are left alone."""
+    hints = get_type_hints(cls)
+    for name, value in options.items():
+        if name in hints and not fits(value, hints[name]):
+            key, wrong, hint = _misfit(name, value, hints[name])
+            raise ConfigError(f"{where}: {key} must be {describe(hint)}, got {wrong!r}.")
+
+
+def read_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Read a YAML file into a dataclass; each override is `KEY=VALUE` or `KEY.SUBKEY=VALUE`, its value YAML.
+
+    Raises:
+        ConfigError: The file is missing, no YAML mapping, or has unknown, missing or impossible values.
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"Cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of options.")
+    # Before the overrides, which have no place in a section that is not one.
+    _check_types(cls, data, str(path))
+    for override in overrides:
+        _override(data, override)
+    return build(cls, data, str(path))
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one value of the config in place; numbers in the key are positions in a list."""
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise ConfigError(f"--set needs KEY=VALUE, got {override!r}.")
+    *parents, last = key.split(".")
+    place: Any = data
+    try:
+        for part in parents:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.load(value, _Loader)
+    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
+        raise ConfigError(f"--set: the config has no place {key!r} for {value!r}.") from None
