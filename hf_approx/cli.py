@@ -123,7 +123,7 @@ def compress(
     grids = {} if result is None else result.grids
     if not attach_packing(model, names, store_dtype, grids):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
-    report = {} if result is None else _report(result, source, {"target_bits": bits, "steps": calibration and steps})
+    report = {} if result is None else _report(result, source, {"target_bits": bits, "max_bits": max_bits})
     write_model(model, folder, output, report=report)
     _show(inspect_checkpoint(output), brief=True)
     if result is not None:
@@ -264,11 +264,13 @@ def _show(result: Inspection, brief: bool = False) -> None:
 def _report(result: Calibration, source: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What the card says of a model that was quantized without training."""
     base = None if Path(source).exists() else source
-    measured = result.calibrated
+    measured = result.calibrated if result.taken == "calibrated" else result.rounded
     entry: dict[str, Any] = {"label": "smol", "method": "smol", "settings": settings, "bits": result.bits}
-    if measured is not None and measured.agreement is not None:
-        entry["predictions as dense"] = f"{measured.agreement:.2%}"
-    note = "Quantized without training."
+    if measured is not None:
+        entry["distance from dense outputs"] = measured.loss
+        entry["predictions as dense"] = None if measured.agreement is None else f"{measured.agreement:.2%}"
+    how = "with precisions learned from examples" if result.taken == "calibrated" else "by rounding to the nearest"
+    note = f"Quantized without training, {how}."
     about = {"base_model": base, "license": base and license_of(base), "note": note}
     return {"methods": [entry], "about": about}
 

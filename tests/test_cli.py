@@ -331,8 +331,8 @@ def test_the_card_of_a_model_that_was_quantized_without_training(trained, tmp_pa
         assert exit_.value.code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "compressed with smol, saved by hf_approx" in card
-    assert "Quantized without training" in card
-    assert "| smol | target bits = 3 | bits = 3 |" in card.replace("_", " ").replace("&#95;", " ")
+    assert "Quantized without training, by rounding to the nearest" in card
+    assert "| smol | target bits = 3, max bits = 8 | bits = 3 |" in card.replace("_", " ").replace("&#95;", " ")
     assert "Every number below was read from these files" in card
 
 
