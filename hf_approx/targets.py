@@ -3,15 +3,21 @@
 import re
 import sys
 from collections.abc import Container, Sequence
+from typing import cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from hf_approx.logs import get_logger
 
 Patterns = str | Sequence[str] | None
 
 DEFAULT_TYPES = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+NOTABLE = 0.05
+"""Share of the weights in blocks that may stay out of the default targets without a word."""
+
+logger = get_logger(__name__)
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -82,7 +88,7 @@ def select_modules(
         if not chosen or matches(name, exclude) or "parametrizations" in name.split("."):
             continue
         weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() < 2 or not weight.is_floating_point():
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
             if isinstance(target_modules, str) and next(module.children(), None) is not None:
                 continue
             raise ValueError(f"'{name}' ({type(module).__name__}) has no weight of two or more dimensions.")
@@ -91,12 +97,34 @@ def select_modules(
                 f"The weight of '{name}' is tied to another module's; add '{name}' to exclude, or untie it."
             )
         selected[name] = module
+    if target_modules is None:
+        _tell_of_others(model, selected)
     if not selected:
         raise ValueError(
             f"No module of {type(model).__name__} matches target_modules={target_modules!r}; "
             "print(model) shows the names."
         )
     return selected
+
+
+def _tell_of_others(model: nn.Module, selected: dict[str, nn.Module]) -> None:
+    """Warn if much of the repeated blocks is in modules of other types, such as experts that share one parameter."""
+    others: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, DEFAULT_TYPES) or "parametrizations" in name.split(".") or not _in_block(model, name):
+            continue
+        params = {key: param for key, param in module._parameters.items() if param is not None and param.dim() > 1}
+        others.update({f"{name}.{key}": param.numel() for key, param in params.items()})
+    chosen = sum(cast(Tensor, module.weight).numel() for module in selected.values())
+    share = sum(others.values()) / max(sum(others.values()) + chosen, 1)
+    if share > NOTABLE:
+        logger.warning(
+            "%.0f %% of the weights in the blocks of %s are in no linear or convolution layer and are not compressed, "
+            "'%s' first.",
+            100 * share,
+            type(model).__name__,
+            max(others, key=lambda name: others[name]),
+        )
 
 
 def _in_block(model: nn.Module, name: str) -> bool:
