@@ -87,6 +87,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "note": about.get("note"),
             "base_model": about.get("base_model"),
             "steps": about.get("steps"),
+            "exported": bool(about.get("exported")),
             "labels": _label_names(config),
             "disk_bytes": f"{disk:,}",
             "dense_bytes": f"{inspection.dense_bytes:,}",

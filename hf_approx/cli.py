@@ -101,8 +101,9 @@ def compress(
     Nothing is trained but precisions and scales, on the examples of --calibration: no labels are needed. With --bits
     alone weights are rounded to the nearest.
     """
-    if calibration is not None and bits is None:
-        raise ValueError("--calibration says how to quantize: give --bits too.")
+    for option, given in (("--calibration", calibration is not None), ("--max-bits", max_bits != MAX_BITS)):
+        if given and bits is None:
+            raise ValueError(f"{option} says how to quantize: give --bits too.")
     check_output(output)
     folder = find_checkpoint(source, everything=True, revision=revision, token=token)
     packing = read_packing(folder)
@@ -123,7 +124,7 @@ def compress(
     grids = {} if result is None else result.grids
     if not attach_packing(model, names, store_dtype, grids):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
-    report = {} if result is None else _report(result, source, {"target_bits": bits, "max_bits": max_bits})
+    report = {} if result is None else _report(result, source, {"target_bits": bits, "max_bits": max_bits}, token)
     write_model(model, folder, output, report=report)
     _show(inspect_checkpoint(output), brief=True)
     if result is not None:
@@ -261,17 +262,18 @@ def _show(result: Inspection, brief: bool = False) -> None:
         console.print(histogram)
 
 
-def _report(result: Calibration, source: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _report(result: Calibration, source: str, settings: dict[str, Any], token: str | None) -> dict[str, Any]:
     """What the card says of a model that was quantized without training."""
     base = None if Path(source).exists() else source
     measured = result.calibrated if result.taken == "calibrated" else result.rounded
-    entry: dict[str, Any] = {"label": "smol", "method": "smol", "settings": settings, "bits": result.bits}
+    method = "smol" if result.taken == "calibrated" else "rounding"
+    entry: dict[str, Any] = {"label": method, "method": method, "settings": settings, "bits": result.bits}
     if measured is not None:
-        entry["distance from dense outputs"] = measured.loss
-        entry["predictions as dense"] = None if measured.agreement is None else f"{measured.agreement:.2%}"
+        entry["distance_from_dense"] = measured.loss
+        entry["agreement_with_dense"] = measured.agreement
     how = "with precisions learned from examples" if result.taken == "calibrated" else "by rounding to the nearest"
     note = f"Quantized without training, {how}."
-    about = {"base_model": base, "license": base and license_of(base), "note": note}
+    about = {"base_model": base, "license": base and license_of(base, token), "note": note}
     return {"methods": [entry], "about": about}
 
 

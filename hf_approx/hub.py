@@ -124,7 +124,7 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         ConnectionError: The Hub cannot be reached.
     """
     if is_offline_mode():
-        return inspect_checkpoint(find_checkpoint(repo_id))
+        return inspect_checkpoint(find_checkpoint(repo_id, revision=revision, token=token))
     api = HfApi(token=token)
     try:
         # One commit for all that is read: a push may come in between.
@@ -147,10 +147,10 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
     return describe_tensors(stored, read_packing(folder), other_format(folder))
 
 
-def license_of(repo_id: str) -> str | None:
+def license_of(repo_id: str, token: str | None = None) -> str | None:
     """The license a Hub model declares, if that can be found out."""
     try:
-        data = HfApi().model_info(repo_id).card_data
+        data = HfApi(token=token).model_info(repo_id).card_data
     except (HTTPError, OSError, ValueError):
         return None
     license_ = None if data is None else data.get("license")

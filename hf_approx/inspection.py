@@ -110,13 +110,13 @@ class Inspection:
         return sum(k * count for k, count in enumerate(self.histogram)) / max(sum(self.histogram), 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: `tensors` and `totals`; if weights are quantized, `quantized` or the `format` of others too."""
+        """JSON form: `tensors` and `totals`; if weights are quantized, `quantized`, or the `format` of others."""
         data: dict[str, Any] = {
             **({"format": self.format} if self.format else {}),
             "tensors": [asdict(row) for row in self.rows],
             "totals": {
                 "bytes": self.bytes,
-                "dense_bytes": self.dense_bytes,
+                **({} if self.format else {"dense_bytes": self.dense_bytes}),
                 "packed_sparsity": self.sparsity,
                 "packed_bytes": self.packed_bytes,
                 "packed_bound_bytes": self.packed_bound_bytes,
@@ -136,9 +136,14 @@ COMPANIONS = (".json", ".txt", ".model", ".spm", ".bpe", ".tiktoken", ".jinja")
 """Endings of the files that belong to a model beside its weights: tokenizer, processor, chat template."""
 TEMPLATES = "additional_chat_templates"
 """The one folder with files of the model: chat templates other than the first."""
-FOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]
-"""Patterns of all that is in other folders, as far as patterns can say that: checkpoints of a training, say, or the
-same model for another engine."""
+ELSEWHERE = [
+    *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
+    *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
+    f"{TEMPLATES}?*/*",
+    "*/*/*",
+]
+"""Patterns of all that is in other folders: checkpoints of a training, say, or the same model for another engine. They
+know no "not", so there is one for each place at which the name of a folder can differ."""
 STATES = ("trainer_state.json", "approx_state.json")
 """State of a training, not of a model."""
 
@@ -170,7 +175,7 @@ def find_checkpoint(
                     revision=revision,
                     token=token,
                     allow_patterns=[f"*{ending}" for ending in endings],
-                    ignore_patterns=FOLDERS,
+                    ignore_patterns=ELSEWHERE,
                 )
             )
         except HFValidationError:
@@ -215,8 +220,11 @@ def other_format(folder: Path) -> str:
     Raises:
         PackedFormatError: It is damaged.
     """
-    name = _quantization(folder).get("quant_method", "")
-    return "" if name == QUANT_METHOD else str(name)
+    data = _quantization(folder)
+    name = data.get("quant_method")
+    if not data or name == QUANT_METHOD:
+        return ""
+    return name if isinstance(name, str) and name else "unnamed"
 
 
 def _quantization(folder: Path) -> dict[str, Any]:

@@ -61,9 +61,9 @@ class Compression(evaluate.Metric):
 
         Returns:
             `sparsity`, the share of zeros of the packed weights; `bits`, those stored for a quantized weight with
-            masks, precisions and scales, if weights are quantized; `bytes` of all tensors; `dense_bytes`, of the same
-            tensors if none was packed; and `compression`, the ratio of the two. None on other processes than the
-            first, as every metric.
+            masks, precisions and scales, if weights are quantized; `bytes` of all tensors; and, unless another library
+            quantized them, `dense_bytes`, of the same tensors if none was packed, and `compression`, the ratio of the
+            two. None on other processes than the first, as every metric.
 
         Raises:
             ValueError: There is no model, or methods are at work on it: what it will be is not known yet.
@@ -76,13 +76,12 @@ class Compression(evaluate.Metric):
         if model is None:
             raise ValueError("Compression: give the model, to the metric or to compute.")
         found = _inspect(model)
-        bits = {"bits": found.bits} if any(found.histogram) else {}
+        dense = {"dense_bytes": found.dense_bytes, "compression": found.dense_bytes / found.bytes}
         return {
             "sparsity": found.sparsity,
-            **bits,
+            **({"bits": found.bits} if any(found.histogram) else {}),
             "bytes": found.bytes,
-            "dense_bytes": found.dense_bytes,
-            "compression": found.dense_bytes / found.bytes,
+            **({} if found.format else dense),
         }
 
 

@@ -146,6 +146,9 @@ class RunConfig:
             # Options that may be text take more than their annotation says.
             if not fits("", hints[name]) and not fits(value, hints[name]):
                 raise ConfigError(f"training: {name} must be {describe(hints[name])}, got {value!r}.")
+        tags = self.card.get("tags", [])
+        if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise ConfigError(f"card: tags must be a list of texts, got {tags!r}.")
         for name in self.positive:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -166,7 +169,7 @@ class RunConfig:
         for entry in self.approx:
             options = dict(entry)
             name = options.pop("method", None)
-            if name not in METHODS:
+            if not isinstance(name, str) or name not in METHODS:
                 raise ConfigError(f"approx: method must be one of {', '.join(METHODS)}, got {name!r}.")
             configs.append(build(METHODS[name], options, f"approx ({name})"))
         return configs

@@ -86,8 +86,8 @@ class Comparison(ABC):
             raise ConfigError(f"training: {error}") from None
         set_seed(args.seed)
         model = self.model() if model is None else model
-        if args.fp16 and any(param.dtype == torch.float16 for param in model.parameters()):
-            raise ConfigError("dtype: training.fp16 scales gradients of float32 weights; set dtype: float32.")
+        if args.mixed_precision == "fp16" and any(param.dtype == torch.float16 for param in model.parameters()):
+            raise ConfigError("dtype: fp16 scales the gradients of float32 weights; set dtype: float32.")
         trainer = self.trainer_class(
             model=model,
             args=args,

@@ -17,13 +17,19 @@ class ConfigError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text, for want of a point; here it is the number everyone means."""
+    """YAML 1.1 reads `1e-3` as text, for want of a point; here it is the number everyone means, `1e3` an integer."""
+
+    def number(self, node: yaml.ScalarNode) -> float:
+        """The number that a text stands for."""
+        value = self.construct_yaml_float(node)
+        return int(value) if "." not in node.value and value.is_integer() else value
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
 )
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.number)
 
 SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null"}
 """What YAML calls the types of single values."""

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 FEWEST_LETTERS = 3
 """Messages with fewer are symbols and formats, not language."""
 
-PLACEHOLDER = re.compile(r"%\(\w*\)|%\d*[a-z]|\{\w*\}|\$\w|<[^>]+>")
+PLACEHOLDER = re.compile(r"%(\(\w*\)|[-+#0]*\d*(\.\d+)?[a-zA-Z]\b)|\{[^{}]*\}|\$[A-Za-z_]|</?\w[^>]*>")
 """Where a program puts a value, in the notations of Python, C and templates, and tags."""
 
 MNEMONIC = re.compile(r"_(?=\w)")

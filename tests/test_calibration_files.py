@@ -150,7 +150,11 @@ def test_an_encoder_decoder_is_calibrated_on_its_own_answers(bert, texts, tmp_pa
             layer.layer[1].EncDecAttention.v.weight.mul_(50)
         model.lm_head.weight[1] *= 4  # the end comes soon, but not at once
     model.save_pretrained(tmp_path / "t5")
+    # How the repository's own generation searches is of no use here.
+    searching = {"num_return_sequences": 2, "num_beams": 4, "return_dict_in_generate": True, "top_k": 3}
+    model.generation_config.update(**searching)
     loaders = calibration_batches(model, tmp_path / "t5", texts, samples=20, batch_size=4, max_length=6)
+    assert {name: getattr(model.generation_config, name) for name in searching} == searching
     lengths = set()
     for each in (*loaders[0], *loaders[1]):
         with torch.no_grad():

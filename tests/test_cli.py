@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 from helpers import ROOT
@@ -126,7 +126,7 @@ def test_only_files_of_the_model_come_along(packed, tmp_path):
     kept = json.loads((plain / "approx_report.json").read_text())
     assert kept["methods"] == []
     assert set(kept) == {"methods", "about"}
-    assert set(kept["about"]) == {"note"}
+    assert kept["about"] == {"exported": True}
 
 
 def test_inspect_counts_what_is_in_the_file(packed):
@@ -228,6 +228,7 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     refuse("is not a JSON object", "inspect", tmp_path / "list")
     refuse("not an empty folder", "compress", trained, tmp_path / "full")
     refuse("packed already", "compress", packed, tmp_path / "out")
+    refuse("--max-bits says how to quantize: give --bits too", "compress", trained, tmp_path / "out", "--max-bits", 3)
     refuse("not 'int4'", "compress", trained, tmp_path / "out", "--store-dtype", "int4")
     refuse("is not packed", "decompress", trained, tmp_path / "out")
     refuse("does not exist", "train", tmp_path / "no.yaml")
@@ -271,22 +272,26 @@ def test_what_is_wrong_with_a_model_is_one_sentence(edited, tmp_path, refuse):
     refuse("transformers has no model class 5", "compress", edited(architectures=5), out)
     refuse("'bert.embeddings.LayerNorm.bias' has shape [32] instead of [64]", "compress", edited(hidden_size=64), out)
     refuse("'bert.encoder.layer.2.attention.output.LayerNorm.bias' is m", "compress", edited(num_hidden_layers=3), out)
+    refuse("the class has no 'bert.encoder.layer.1.att", "compress", edited(num_hidden_layers=1), out)
+    refuse("a AutoModel: the class has no 'classifier.bias'", "compress", edited(architectures=None), out)
     for method in ("gptq", "bitsandbytes", "compressed-tensors", "unheard-of"):
         folder = edited(quantization_config={"quant_method": method, "load_in_4bit": True})
         refuse(f"is quantized already, by {method}", "compress", folder, out, "--bits", 3)
     assert not out.exists()
 
 
-def test_weights_that_the_class_does_not_use_are_left_out(edited, tmp_path, caplog):
-    """As in many a repository: heads of another training, say."""
+def test_heads_of_another_training_are_left_out(edited, tmp_path, caplog):
+    """As many a repository has them; parts of the model itself are not."""
+    folder = edited()
+    tensors = load_file(folder / "model.safetensors")
+    others = {"cls.predictions.bias": torch.zeros(48), "cls.seq_relationship.bias": torch.zeros(2)}
+    save_file({**tensors, **others}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit) as exit_:
-        main(["compress", str(edited(num_hidden_layers=1)), str(tmp_path / "out")])
+        main(["compress", str(folder), str(tmp_path / "out")])
     assert exit_.value.code == 0
-    names = [row.name for row in inspect_checkpoint(tmp_path / "out").rows]
-    assert any("layer.0." in name for name in names)
-    assert not any("layer.1." in name for name in names)
+    assert {row.name for row in inspect_checkpoint(tmp_path / "out").rows} == set(tensors)
     (message,) = caplog.messages
-    assert "has no 'bert.encoder.layer.1.attention.output.LayerNorm.bias' and 15 more: left out" in message
+    assert message == "BertForSequenceClassification has no 'cls.predictions.bias' and 1 more: left out."
 
 
 def test_a_card_of_a_config_without_a_list_of_architectures(edited):
@@ -330,10 +335,11 @@ def test_the_card_of_a_model_that_was_quantized_without_training(trained, tmp_pa
             main(command)
         assert exit_.value.code == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "compressed with smol, saved by hf_approx" in card
+    assert "compressed with rounding, saved by hf_approx" in card
+    assert "cite" not in card.lower().replace("citation", "cite") or "smol" not in card
     assert "Quantized without training, by rounding to the nearest" in card
-    assert "| smol | target bits = 3, max bits = 8 | bits = 3 |" in card.replace("_", " ").replace("&#95;", " ")
-    assert "Every number below was read from these files" in card
+    assert "| rounding | target bits = 3, max bits = 8 | bits = 3 |" in card.replace("_", " ").replace("&#95;", " ")
+    assert "Every number below was read from these files, or measured when the model was made." in card
 
 
 def test_zeros_anywhere_are_packed(tmp_path):

@@ -13,6 +13,8 @@ from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
     CompressedTensorsConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 from transformers.utils import is_compressed_tensors_available
 
@@ -21,7 +23,9 @@ from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach_pa
 from hf_approx.cards import render_card
 from hf_approx.cli import main
 from hf_approx.exports import load_model, write_model
+from hf_approx.inspection import inspect_checkpoint
 from hf_approx.loops import round_weights
+from hf_approx.metrics import Compression
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid
 from hf_approx.targets import select_modules
@@ -133,8 +137,9 @@ def test_the_card_of_an_export(smol, tmp_path, capsys):
     export_model(smol, tmp_path / "dense")
     card, plain = (render_card(tmp_path / name) for name in ("integers", "dense"))
     for text in (card, plain):
-        assert "compressed with smol while it was trained" in text
-        assert "Exported from a packed model with the same weights" in text
+        assert "compressed with smol while it was trained, saved by hf_approx" in text
+        assert "in the run that made these files" not in text
+        assert "exported from a packed model with the same weights" in text
         assert "import hf_approx" not in text
     assert "Quantized weights are stored in the format compressed-tensors" in card
     assert "pip install compressed-tensors" in card
@@ -147,6 +152,10 @@ def test_the_card_of_an_export(smol, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bytes, quantized in the format compressed-tensors." in printed
     assert "dense" not in printed
+    found = inspect_checkpoint(tmp_path / "integers").to_dict()
+    assert found["format"] == "compressed-tensors"
+    assert "dense_bytes" not in found["totals"]
+    assert set(Compression(tmp_path / "integers").compute()) == {"sparsity", "bytes"}
 
 
 @needs_package
@@ -205,6 +214,40 @@ def test_groups_that_are_shorter_at_the_end_are_split(tmp_path):
     assert quantization(tmp_path / "integers")["config_groups"]["group_0"]["weights"]["group_size"] == 2
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "integers")
     assert torch.equal(compute(loaded, "bert"), compute(model, "bert"))
+
+
+@needs_package
+@pytest.mark.parametrize("width", [96, 537])
+def test_one_layer_of_odd_width_does_not_make_the_groups_of_all_small(tmp_path, width):
+    """537 inputs in groups of at most 128 are four of 108 and one of 105."""
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=256, intermediate_size=width, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    method = SmolConfig(target_bits=3, bits=(3,), group_size=128 if width == 537 else 32, scale_granularity="group")
+    result = round_weights(model, method)
+    attach_packing(model, result.names, None, result.grids)
+    model.save_pretrained(tmp_path / "packed")
+    exported = export_model(tmp_path / "packed", tmp_path / "integers", "compressed-tensors")
+    down = "model.layers.0.mlp.down_proj.weight"
+    odd = {down: "a scale for 108 of 537 inputs fits no groups of 32 or more"} if width == 537 else {}
+    assert exported.dense == odd
+    assert exported.group_size == (128 if width == 537 else 32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "integers")
+    assert torch.equal(compute(loaded, "llama"), compute(model, "llama"))
+
+
+@needs_package
+def test_an_export_that_would_be_no_smaller_is_refused(tmp_path):
+    model = build("llama").half()
+    grids = {
+        f"{name}.weight": Grid(torch.full((1, 1), 3, dtype=torch.uint8), torch.full(module.weight.shape, 0.1).half())
+        for name, module in select_modules(model).items()
+    }
+    save(model, tmp_path / "packed", grids)
+    with pytest.raises(ValueError, match=r"no smaller in compressed-tensors, with a scale for every 1 inputs"):
+        export_model(tmp_path / "packed", tmp_path / "out", "compressed-tensors")
+    assert not (tmp_path / "out").exists()
 
 
 @needs_package

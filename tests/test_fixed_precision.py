@@ -20,8 +20,8 @@ def quantized(tmp_path_factory):
     return folder / "model"
 
 
-def load(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder)
+def load(folder, dtype=torch.float32):
+    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("train_scale", [True, False])
@@ -49,9 +49,11 @@ def test_the_second_phase_is_a_run_of_its_own(quantized, tmp_path, train_scale):
     assert_same_weights(weights(load(tmp_path / "again")), weights(trainer.model))
 
 
-def test_training_starts_at_the_loaded_function(quantized, tmp_path):
-    model = load(quantized)
-    plain = load(quantized)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_training_starts_at_the_loaded_function(quantized, tmp_path, dtype):
+    """Scales that were learned for float32 are kept, also where bfloat16 cannot hold them."""
+    model = load(quantized, dtype)
+    plain = load(quantized, dtype)
     make_trainer("bert", tmp_path, FixedPrecisionConfig(), model)
     tokens = torch.arange(5, 13).reshape(2, 4)
     assert torch.equal(model.eval()(tokens).logits, plain.eval()(tokens).logits)

@@ -83,6 +83,8 @@ def test_a_value_of_any_kind_is_taken_or_named(tmp_path, name):
             {"approx": [{"method": "smol", "lr": None}]},
             "approx (smol): lr must be a number, got None.",
         ),
+        ("words_shared50", {"approx": [{"method": ["smol"]}]}, "approx: method must be one of"),
+        ("words_shared50", {"card": {"tags": "abc"}}, "card: tags must be a list of texts, got 'abc'."),
         ("words_shared50", {"dataset": None}, "dataset must be a mapping of options, got None."),
         ("words_shared50", {"dataset": 3}, "dataset must be a mapping of options, got 3."),
         ("words_shared50", {"fold": [1]}, "fold must be a mapping of options or null, got [1]."),
@@ -116,8 +118,22 @@ def test_a_section_of_the_wrong_kind_is_named_with_its_file(tmp_path, capsys, na
     path = broken(tmp_path, name, **changes)
     out = tmp_path / "out"
     assert RECIPES[name][0].main(["--config", str(path), "--output_dir", str(out), *smoke]) == 2
-    assert capsys.readouterr().err == f"error: {path}: {message}\n"
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}: {message}")
+    assert error.endswith(".\n") or not message.endswith(".")
+    assert len(error.splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("1e3", 1000), ("2.5e3", 2500.0), ("1.0", 1.0), ("7", 7), (".inf", float("inf"))],
+)
+def test_numbers_are_what_everyone_means(tmp_path, text, value):
+    path = tmp_path / "small.yaml"
+    path.write_text(f"value: {text}")
+    found = read_yaml(Number, path).value
+    assert (found, type(found)) == (value, type(value))
 
 
 @pytest.mark.parametrize("text", ["3", "[a, b]", "null", ""])
@@ -161,6 +177,11 @@ def test_what_fits_a_type(value, hint, expected):
 )
 def test_a_type_in_words(hint, words):
     assert describe(hint) == words
+
+
+@dataclasses.dataclass
+class Number:
+    value: float
 
 
 @dataclasses.dataclass

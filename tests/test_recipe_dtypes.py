@@ -135,5 +135,5 @@ def test_models_that_others_quantized_load(data, tmp_path):
 def test_scaled_gradients_want_float32_weights(data, tmp_path, dtype):
     path = write(data, tmp_path, build("bert").half())
     config = read_yaml(RecipeConfig, path, [f"dtype={dtype}", "training.fp16=true"])
-    with pytest.raises(ConfigError, match=r"training\.fp16 scales gradients of float32 weights; set dtype: float32"):
+    with pytest.raises(ConfigError, match="fp16 scales the gradients of float32 weights; set dtype: float32"):
         Recipe(config, str(tmp_path)).trainer("dense", compressed=False)

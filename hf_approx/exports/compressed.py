@@ -55,8 +55,9 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
     model.dequantize()
     dense = _unfit(model, config.tensors, grids)
     fit = {name: grids[name] for name in config.tensors if name in grids and name not in dense}
-    _drop_apart(model, fit, dense)
     state = model.state_dict()
+    _drop_odd(state, fit, dense)
+    _drop_apart(model, fit, dense)
     packed: dict[str, dict[str, Tensor]] = {}
     if fit:
         scheme = _scheme(state, fit)
@@ -70,6 +71,11 @@ def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Exp
     if not packed:
         first = next((f"'{name}': {reason}" for name, reason in dense.items()), "none is packed")
         raise ValueError(f"compressed-tensors can hold no weight of '{source}' ({first}). Choose the format dense.")
+    if sum(t.nbytes for tensors in packed.values() for t in tensors.values()) >= sum(state[n].nbytes for n in packed):
+        raise ValueError(
+            f"'{source}' would be no smaller in compressed-tensors, with a scale for every "
+            f"{scheme.weights.group_size} inputs. Choose the format dense."
+        )
     for name, tensors in packed.items():
         del state[name]
         state.update({f"{name.removesuffix('weight')}{key}": tensor for key, tensor in tensors.items()})
@@ -104,6 +110,21 @@ def _unfit(model: PreTrainedModel, specs: Mapping[str, TensorSpec], grids: Mappi
         elif int(grids[name].bits.max()) >= WIDTHS[-1]:
             unfit[name] = "some of its weights have 8 bits, which would need integers of 9"
     return unfit
+
+
+def _drop_odd(state: Mapping[str, Tensor], packed: dict[str, Grid], dense: dict[str, str]) -> None:
+    """Move weights from `packed` to `dense` whose scales cover no groups, if those of others do.
+
+    All have groups of one size, which would have to be as small as the one that fits these.
+    """
+    sizes = {name: state[name].shape[1] for name in packed}
+    runs = {name: -(-sizes[name] // grid.scale.shape[1]) for name, grid in packed.items()}
+    odd = {name for name, size in sizes.items() if math.gcd(size, runs[name]) % GROUP_SIZES[0]}
+    if runs == sizes or len(odd) == len(packed):
+        return
+    for name in odd:
+        del packed[name]
+        dense[name] = f"a scale for {runs[name]} of {sizes[name]} inputs fits no groups of {GROUP_SIZES[0]} or more"
 
 
 def _drop_apart(model: nn.Module, packed: dict[str, Any], dense: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Reading a whole model folder and writing another one, whole or not at all."""
 
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -11,18 +10,16 @@ from typing import Any
 
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_approx.cards import one_line
 from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.inspection import companions, inspect_checkpoint
+from hf_approx.logs import get_logger
 from hf_approx.report import REPORT_FILE
 
-logger = logging.getLogger(__name__)
-
-EXPORTED = "Exported from a packed model with the same weights, of which the results were measured."
-"""The note in its card."""
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,21 @@ def load_model(folder: Path) -> PreTrainedModel:
     if wrong:
         raise ValueError(f"'{folder}' does not hold a complete {name}: {wrong[0]}.")
     unused = sorted(report["unexpected_keys"])
+    # Heads of another training are none of this model's; its own may be, if the class is only a guess.
+    lost = [key for key in unused if not config.architectures or _of_stack(key, model)]
+    if lost:
+        raise ValueError(f"'{folder}' does not hold a {name}: the class has no '{lost[0]}'.")
     if unused:
         more = f" and {len(unused) - 1} more" if unused[1:] else ""
         logger.warning("%s has no '%s'%s: left out.", name, one_line(unused[0]), more)
     return model
+
+
+def _of_stack(key: str, model: PreTrainedModel) -> bool:
+    """Whether a tensor is of a layer beyond the last that the model has in a list of layers."""
+    parts = key.split(".")
+    lists = {".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()}
+    return any(name in lists and isinstance(module, nn.ModuleList) for name, module in model.named_modules())
 
 
 def exported_report(source: Path) -> dict[str, Any]:
@@ -94,12 +102,11 @@ def exported_report(source: Path) -> dict[str, Any]:
     try:
         report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
         about = dict(report.get("about", {}))
-        note = " ".join(filter(None, [about.get("note"), EXPORTED]))
     except (FileNotFoundError, ValueError, TypeError, AttributeError):
         return {}
-    about = {name: value for name, value in about.items() if name not in ("model_name", "repo_id")} | {"note": note}
+    about = {name: value for name, value in about.items() if name not in ("model_name", "repo_id")}
     kept = {name: report[name] for name in ("methods", "optimizer", "evaluation") if name in report}
-    return {**kept, "about": about}
+    return {**kept, "about": {**about, "exported": True}}
 
 
 def write_model(

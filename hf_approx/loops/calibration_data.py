@@ -6,6 +6,7 @@ Models of pairs of texts, translation say, are calibrated on what they make of t
 import glob
 import inspect
 import random
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,23 @@ from accelerate.utils import tqdm
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """What `datasets` calls the kind of a file, by its ending."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 """Files of which a tokenizer has at least one."""
+ANSWER_TOKENS = (
+    "decoder_start_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "bad_words_ids",
+    "suppress_tokens",
+)
 HELD_OUT = 4
 """One in so many examples is held out."""
 
@@ -144,6 +155,13 @@ def find_images(source: Path) -> list[Path]:
     return images
 
 
+def positions_of(model: PreTrainedModel) -> int:
+    """How many tokens a model has positions for, at most."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    # Where any number will do, some configs say -1.
+    return positions if isinstance(positions, int) and positions > 0 else sys.maxsize
+
+
 def _tokenizing(model: PreTrainedModel, folder: Path, max_length: int) -> Callable[[list[str]], Any]:
     # Without any file transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
@@ -152,8 +170,7 @@ def _tokenizing(model: PreTrainedModel, folder: Path, max_length: int) -> Callab
     if tokenizer.pad_token is None:
         # Padding is masked and not compared, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    longest = min(max_length, positions, tokenizer.model_max_length)
+    longest = min(max_length, positions_of(model), tokenizer.model_max_length)
     # A tokenizer may be that of another model, and make more than this one takes.
     unknown = set(tokenizer.model_input_names) - set(inspect.signature(model.forward).parameters)
 
@@ -170,26 +187,26 @@ def _answered(
     model: PreTrainedModel, texts: Sequence[str], tokenize: Callable[[Any], Any], batch_size: int, max_length: int
 ) -> tuple[list[tuple[str, Tensor]], Callable[[Any], Any]]:
     """Texts with what the model generates for each, greedily, and the function that makes batches of them."""
-    config, generate = model.generation_config, cast(Any, model).generate
-    end = config.eos_token_id
-    ends = torch.tensor([] if end is None else end).reshape(-1)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = max_length if positions is None else min(max_length, positions - 1)
-    pairs, training = [], model.training
+    generator, theirs, training = cast(Any, model), model.generation_config, model.training
+    # Of the model's own settings those that say what an answer is, and none that say how to search for one.
+    tokens = {name: getattr(theirs, name, None) for name in ANSWER_TOKENS}
+    longest = min(max_length, positions_of(model) - 1)
+    config = GenerationConfig(num_beams=1, do_sample=False, max_new_tokens=longest, **tokens)
+    ends = torch.tensor([] if config.eos_token_id is None else config.eos_token_id).reshape(-1)
+    pairs = []
     bar = tqdm(total=len(texts), desc="generation")
-    model.eval()
+    generator.eval().generation_config = config
     try:
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
-            inputs = tokenize(part).to(model.device)
-            answers = generate(**inputs, num_beams=1, do_sample=False, max_new_tokens=longest).cpu()
+            answers = generator.generate(**tokenize(part).to(model.device)).cpu()
             for text, answer in zip(part, answers, strict=True):
                 # The first token starts every answer; after the first end there is padding.
                 over = torch.isin(answer[1:], ends).nonzero()
                 pairs.append((text, answer[: int(over[0]) + 1] if len(over) else answer))
             bar.update(len(part))
     finally:
-        model.train(training)
+        generator.train(training).generation_config = theirs
         bar.close()
     filler = 0 if config.pad_token_id is None else int(config.pad_token_id)
 

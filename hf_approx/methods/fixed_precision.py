@@ -10,7 +10,7 @@ from torch import nn
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.methods.base import MethodConfig, incoming_weight
 from hf_approx.methods.grids import GridMethod
-from hf_approx.methods.rounding import GridWeight, reduce
+from hf_approx.methods.rounding import GridWeight, reduce, stored
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import matches, own_name
 
@@ -76,7 +76,10 @@ class FixedPrecision(GridMethod):
         """The grid that the weight is on."""
         weight = module.get_parameter("weight")
         grid = self._found[name].to(weight.device)
-        return GridWeight(grid.bits.clone(), grid.scale.float(), self._config.train_scale, weight.dtype)
+        scale = grid.scale.float()
+        # Of a model that was packed in another dtype the scales stay as they are, or its weights would change.
+        dtype = weight.dtype if torch.equal(stored(scale, weight.dtype), scale) else torch.float32
+        return GridWeight(grid.bits.clone(), scale, self._config.train_scale, dtype)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scales, if they are trained."""

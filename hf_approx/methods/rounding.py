@@ -17,8 +17,8 @@ SCALE_DTYPE = torch.float16
 """What scales are stored in; they are rounded in every forward pass, so the model that trains is the one stored."""
 SCALE_MAX = 65280.0
 """The largest number that both float16 and bfloat16 hold."""
-STEPS = 64
-"""Engines that hold a weight as integers of 8 bits multiply them by this part of the scale; see `stored`."""
+PARTS = 64
+"""Engines that hold weights of up to 7 bits as integers multiply those by this part of the scale; see `stored`."""
 
 PartGranularity = Literal["weight", "group", "channel", "tensor"]
 
@@ -77,7 +77,7 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     hold scales in the dtype of the model.
     """
     scale = scale.float().clamp(torch.finfo(SCALE_DTYPE).tiny, SCALE_MAX)
-    return ((scale / STEPS).to(dtype).float() * STEPS).to(SCALE_DTYPE).float()
+    return ((scale / PARTS).to(dtype).float() * PARTS).to(SCALE_DTYPE).float()
 
 
 def nearest(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
