@@ -10,7 +10,10 @@ RECIPES := text_classification:words_sparse90 language_modeling:lm_docs_sparse80
 	translation:gettext_marian_bits4 image_generation:digits_gan_bits4 \
 	shortest_paths:shortest_paths
 
-.PHONY: demo test slow lint smoke clean
+# Those that save a model; their cards and pictures are in model_cards.
+CARDS := text_classification language_modeling image_classification translation image_generation
+
+.PHONY: demo test slow lint smoke cards clean
 
 demo: $(VENV)/demo.stamp  ## Fine-tune, sparsify, save, load back: about five minutes on two cores
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/text_classification.py \
@@ -34,6 +37,13 @@ smoke: $(VENV)/dev.stamp  ## Every recipe on a handful of examples
 		$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/$$recipe.py \
 			--config recipes/configs/$${run##*:}.yaml --output_dir outputs/smoke/$$recipe --smoke; done
 	$(BIN)/hf-approx inspect outputs/smoke/text_classification/compressed
+
+cards: $(VENV)/dev.stamp  ## The cards in model_cards, from the default configs: half an hour on two cores
+	set -e; for recipe in $(CARDS); do run=$$(echo "$(RECIPES)" | tr ' ' '\n' | grep "^$$recipe:"); \
+		$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/$$recipe.py \
+			--config recipes/configs/$${run##*:}.yaml --output_dir outputs/cards/$$recipe; \
+		mkdir -p model_cards/$$recipe; rm -f model_cards/$$recipe/*; \
+		cp outputs/cards/$$recipe/compressed/README.md outputs/cards/$$recipe/compressed/*.png model_cards/$$recipe; done
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import unicodedata
 
@@ -275,9 +276,12 @@ def test_classes_and_tasks():
 
 
 def test_the_cards_of_the_recipes_are_valid():
-    cards = [path for path in (ROOT / "model_cards").glob("*.md") if path.name != "template.md"]
+    cards = list((ROOT / "model_cards").glob("*/README.md"))
     assert cards
     for path in cards:
         text = path.read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+        assert pictures
+        assert all((path.parent / picture).is_file() for picture in pictures)
         assert front_matter(str(ModelCard(text))) == front_matter(text)
         assert MARKER in text
