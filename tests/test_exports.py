@@ -344,6 +344,21 @@ def test_a_sparse_llama_is_refused_and_exports_dense(tmp_path, granularity):
 
 
 @needs_package
+def test_a_sparse_llama_that_is_quantized_too_keeps_its_zeros(tmp_path):
+    methods = [SparsificationConfig(target_sparsity=0.5, granularity="2:4"), SmolConfig(target_bits=3, bits=(1, 2, 3))]
+    trainer = make_trainer("llama", tmp_path / "run", methods, max_steps=8)
+    trainer.train()
+    trainer.save_model(tmp_path / "packed")
+    result = export_model(tmp_path / "packed", tmp_path / "integers", "compressed-tensors")
+    assert (len(result.packed), result.bits, result.dense) == (14, 4, {})
+    loaded, source = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("integers", "packed"))
+    assert torch.equal(compute(loaded, "llama"), compute(source, "llama"))
+    for name in result.packed:
+        zeros = (loaded.get_parameter(name) == 0).reshape(-1, 4).sum(1)
+        assert bool((zeros >= 2).all()), name
+
+
+@needs_package
 def test_shared_weights_are_refused(tmp_path):
     model = build("bert").eval()
     method = SharingConfig(templates=1).build()
