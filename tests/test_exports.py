@@ -270,7 +270,7 @@ def test_what_the_format_cannot_hold_stays_dense(tmp_path, capsys):
     assert f"Dense: '{QUERY}': some of its weights have 8 bits" in printed
     assert f"Dense: '{KEY}' and 1 more: engines merge it with 'query' beside it, which is dense" in printed
     assert f"Dense: '{words}': only linear layers can be packed, and this is Embedding" in printed
-    assert f"Dense: '{OUTPUT}': releases of compressed-tensors after 0.14 store no sparse" in printed
+    assert f"Dense: '{OUTPUT}': compressed-tensors after 0.14 stores no sparse" in printed
     ignored = quantization(tmp_path / "out")["ignore"]
     assert {QUERY.removesuffix(".weight"), KEY.removesuffix(".weight"), "classifier"} <= set(ignored)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -333,7 +333,7 @@ def test_a_sparse_llama_is_refused_and_exports_dense(tmp_path, granularity):
     trainer.train()
     trainer.save_model(tmp_path / "packed")
     with pytest.raises(
-        ValueError, match=r"no weight of .*'model.layers.0.*store no sparse weights, 2:4 or other.*format dense"
+        ValueError, match=r"no weight of .*'model.layers.0.*stores no sparse weights, 2:4 or other.*format dense"
     ):
         export_model(tmp_path / "packed", tmp_path / "out", "compressed-tensors")
     assert not (tmp_path / "out").exists()

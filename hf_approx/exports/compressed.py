@@ -28,7 +28,7 @@ GROUP_SIZES = (32, 64, 128)
 MERGED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 """Layers of one module that engines merge into one, which is then packed or dense as a whole."""
 
-NO_SPARSE = "releases of compressed-tensors after 0.14 store no sparse weights, 2:4 or other"
+NO_SPARSE = "compressed-tensors after 0.14 stores no sparse weights, 2:4 or other, unless they are quantized"
 
 
 def export_compressed(model: PreTrainedModel, source: Path, output: Path) -> Export:
