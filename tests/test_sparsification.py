@@ -50,6 +50,16 @@ def test_b1_soft_mask_converges_to_the_hard_one():
     assert torch.equal(mask.mask(), (scores > 0).double())
 
 
+def test_masks_make_no_subnormal_weights():
+    """CPUs may take a hundred times as long to multiply matrices of them."""
+    scores, weight = torch.linspace(-0.6, 0.6, 601), torch.full((601,), 0.01)
+    product, tiny = SigmoidMask(scores, 200.0)(weight), torch.finfo(torch.float32).tiny
+    exact = 0.01 / (1 + torch.exp(-200.0 * scores.double()))
+    assert bool((exact < tiny).any())
+    assert not bool(((product != 0) & (product < tiny)).any())
+    torch.testing.assert_close(product.double(), exact, rtol=1e-4, atol=1e-14)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_b2_gradient_of_the_scores(scale):
     mask = SigmoidMask(torch.tensor([-0.2, -0.03, 0.0, 0.05], dtype=torch.float64), 50.0, scale)

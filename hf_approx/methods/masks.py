@@ -10,6 +10,9 @@ from hf_approx.modules.sharded import whole
 from hf_approx.structures import Side, feature_dim
 
 Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron", "layer"]
+FLOOR = 1e-12
+"""Masks that are smaller change nothing, but they make weights of subnormal numbers, with which some CPUs multiply
+matrices a hundred times slower."""
 GRANULARITIES: tuple[Granularity, ...] = ("weight", "row", "column", "2:4", "head", "neuron", "layer")
 
 
@@ -71,7 +74,7 @@ def in_fours(layer: nn.Module, scores: Tensor) -> Tensor:
 
 
 class SigmoidMask(nn.Module):
-    """w -> sigmoid(temperature * scores) * scale * w.
+    """w -> sigmoid(temperature * scores) * scale * w, with zero for any sigmoid up to `FLOOR`.
 
     Scores of plus or minus infinity give exactly one and zero and no gradient: that is the hard mask.
     """
@@ -87,7 +90,7 @@ class SigmoidMask(nn.Module):
 
     def mask(self) -> Tensor:
         """The soft mask, scaled, in the shape of the scores."""
-        mask = torch.sigmoid(self.temperature * whole(self.scores))
+        mask = nn.functional.threshold(torch.sigmoid(self.temperature * whole(self.scores)), FLOOR, 0.0)
         return mask if self.scale == 1 else mask * self.scale
 
     def forward(self, weight: Tensor) -> Tensor:
