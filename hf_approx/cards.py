@@ -256,7 +256,7 @@ def _label_names(config: Mapping[str, Any]) -> list[str]:
     """Names of the classes, if someone gave them names."""
     labels = config.get("id2label")
     names = [str(name) for name in labels.values()] if isinstance(labels, dict) else []
-    return [] if all(name.startswith("LABEL_") for name in names) else names
+    return [] if all(name.startswith("LABEL_") or name.isdecimal() for name in names) else names
 
 
 def _method(entry: Mapping[str, Any]) -> list[dict[str, str]]:
