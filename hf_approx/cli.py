@@ -35,6 +35,10 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="Folder of a saved model, or a Hub repository id.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository; default main.")]
 Token = Annotated[str | None, typer.Option(help="Default: that of HF_TOKEN or `hf auth login`.", show_default=False)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16; default: what the model computes in."),
+]
 Output = Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")]
 
 
@@ -159,9 +163,11 @@ def inspect(
 
 
 @app.command()
-def decompress(source: Source, output: Output, revision: Revision = None, token: Token = None) -> None:
+def decompress(
+    source: Source, output: Output, dtype: Dtype = None, revision: Revision = None, token: Token = None
+) -> None:
     """Write a packed checkpoint as an ordinary transformers checkpoint."""
-    result = export_model(source, output, revision=revision, token=token)
+    result = export_model(source, output, dtype=dtype, revision=revision, token=token)
     print(f"Wrote {output}: {result.bytes:,} bytes of dense tensors.")
 
 
@@ -170,6 +176,7 @@ def export(
     source: Source,
     output: Output,
     format_: Annotated[str, typer.Option("--format", help="dense or compressed-tensors.")] = "dense",
+    dtype: Dtype = None,
     revision: Revision = None,
     token: Token = None,
 ) -> None:
@@ -177,7 +184,7 @@ def export(
 
     compressed-tensors is for vLLM and transformers: quantized linear layers as integers, everything else dense.
     """
-    result = export_model(source, output, format_, revision, token)
+    result = export_model(source, output, format_, dtype, revision, token)
     print(f"Wrote {output}: {result.bytes:,} bytes of tensors.")
     if result.packed:
         each = f"group of {result.group_size} inputs" if result.group_size else "row"

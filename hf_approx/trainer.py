@@ -116,6 +116,12 @@ class ApproxTrainerMixin(CheckpointMixin):
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
         trainer = cast(Trainer, self)
+        if optimizer is not None and trainer.args.learning_rate != type(trainer.args).learning_rate:
+            logger.warning(
+                "AvaGrad trains with the lr of its own config, %g, and not with learning_rate=%g.",
+                optimizer.lr,
+                trainer.args.learning_rate,
+            )
         self._refuse_unsupported()
         attached: list[Method] = []
         try:

@@ -14,11 +14,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names
+from hf_approx.logs import get_logger
 from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.trainer_hub import HubMixin, remove_report
 from hf_approx.trainer_sharded import ShardedMixin
+
+logger = get_logger(__name__)
 
 STATE_FILE = "approx_state.json"
 
@@ -39,6 +42,8 @@ class CheckpointMixin(ShardedMixin, HubMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         trainer, model = cast(Trainer, self), self._plain_model
+        if self._unfinished and not trainer.is_in_train:
+            logger.warning("Training has not ended: what is saved is no model yet, and nothing can load it as one.")
         if self._unfinished and isinstance(model, PreTrainedModel):
             # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
             # shape, in processes without hf_approx too, instead of starting from random weights.

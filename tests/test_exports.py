@@ -316,6 +316,28 @@ def test_a_model_in_half_precision_has_scales_that_are_exact_in_it(tmp_path, dty
 
 
 @needs_package
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_exports_in_another_dtype(tmp_path, dtype):
+    """A model that computes in float32, whose scales and other weights are stored in float16."""
+    torch.manual_seed(1)
+    model = build("llama")
+    result = round_weights(model, SmolConfig(target_bits=3, bits=(1, 2, 3)))
+    attach_packing(model, result.names, "float16", result.grids)
+    model.save_pretrained(tmp_path / "packed")
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
+    formats = {"dense": None, "compressed-tensors": 14} if dtype == "float16" else {"dense": None}
+    for name, packed in formats.items():
+        exported = export_model(tmp_path / "packed", tmp_path / name, name, dtype)
+        assert len(exported.packed) == (packed or 0)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.dtype == getattr(torch, dtype)
+        assert torch.equal(compute(loaded, "llama"), compute(wanted, "llama"))
+        assert exported.bytes < 0.51 * export_model(tmp_path / "packed", tmp_path / f"{name}-32").bytes
+    with pytest.raises(ValueError, match="not 'int4'"):
+        export_model(tmp_path / "packed", tmp_path / "out", dtype="int4")
+
+
+@needs_package
 def test_a_class_that_transformers_cannot_load_from_the_format_is_refused(tmp_path):
     """T5 initializes the weights of its layers by name, and packed layers have none."""
     model = build("t5").eval()

@@ -149,6 +149,14 @@ class ApproxQuantizer(HfQuantizer):
                 mask_gradient(dense)
             _replace(model, packed, dense)
         check_loaded(model)
+        packed_layers = any(isinstance(module, SparseLinear) for module in model.modules())
+        if self.quantization_config.runtime == "packed" and not packed_layers:
+            logger.warning(
+                "runtime='packed' keeps no weight of this %s packed: it is for linear layers with at most %.0f %% of "
+                "their weights, not quantized, in float32 on a CPU.",
+                type(model).__name__,
+                100 * MAX_DENSITY,
+            )
         self.settle(model)
         own = [str(ref).startswith(f"{LOADER}.") for ref in (getattr(model.config, "auto_map", None) or {}).values()]
         if own and all(own) and not model._auto_class:

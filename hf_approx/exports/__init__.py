@@ -22,6 +22,7 @@ def export_model(
     source: str | Path,
     output: str | Path,
     format: str = "dense",
+    dtype: str | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> Export:
@@ -36,6 +37,8 @@ def export_model(
         format: `"dense"`: an ordinary transformers checkpoint, exactly the weights that hf_approx decodes.
             `"compressed-tensors"`: for vLLM, and for transformers with that package (the extra `export`): quantized
             linear layers as integers of 4 or 8 bits that decode to exactly the same weights, everything else dense.
+        dtype: Of the tensors that are not integers, `"float32"`, `"float16"` or `"bfloat16"`; default: the one the
+            model computes in, which may be wider than those it is stored in. To a narrower one weights are rounded.
         revision: Branch, tag or commit of a repository; default `main`.
         token: Of the Hub; default: that of `HF_TOKEN` or `hf auth login`.
 
@@ -63,4 +66,4 @@ def export_model(
         raise ValueError(
             f"'{source}' has layers of sizes that its architecture's config cannot express: only hf_approx loads it."
         )
-    return FORMATS[format](load_model(folder), folder, output)
+    return FORMATS[format](load_model(folder, dtype), folder, output)

@@ -17,6 +17,7 @@ from hf_approx.cards import one_line
 from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.inspection import companions, inspect_checkpoint
 from hf_approx.logs import get_logger
+from hf_approx.packing import dtype_from_name
 from hf_approx.report import REPORT_FILE
 
 logger = get_logger(__name__)
@@ -49,13 +50,18 @@ def check_output(output: Path) -> None:
         raise ValueError(f"'{output}' exists and is not an empty folder.")
 
 
-def load_model(folder: Path) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     """The model in a folder, of the class that its config names.
+
+    Args:
+        folder: A saved model.
+        dtype: `"float32"`, `"float16"` or `"bfloat16"`; default: the one in its config.
 
     Raises:
         ValueError: Its config is damaged or names no class that transformers has, another library quantized it, or
-            the folder holds another model or less than a whole one.
+            the folder holds another model or less than a whole one, or there is no such dtype.
     """
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype_from_name(dtype)}
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except StrictDataclassError as error:
@@ -69,7 +75,7 @@ def load_model(folder: Path) -> PreTrainedModel:
     if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, PreTrainedModel))):
         raise ValueError(f"transformers has no model class {name!r}.")
     # What transformers raises for other shapes does not say which they are; its report does.
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = cls.from_pretrained(folder, **options)  # type: ignore[union-attr]
     except RuntimeError as error:
