@@ -79,7 +79,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             or None to keep each parameter's own.
 
     Raises:
-        ValueError: A config does not fit the model; the model is then unchanged.
+        ValueError: An argument is no config, or does not fit the model; the model is then unchanged.
     """
 
     def __init__(
