@@ -53,10 +53,14 @@ def train(
 ) -> None:
     """Run a recipe with `accelerate launch`."""
     package = Path(hf_approx.__file__).parent
-    folders = [package / "recipes", package.parent / "recipes"]
-    script = next((f / f"{recipe}.py" for f in folders if (f / f"{recipe}.py").is_file()), None)
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package)
+    # The other files are what these import.
+    scripts = {
+        path.stem: path for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    script = scripts.get(recipe)
     if script is None:
-        raise FileNotFoundError(f"There is no recipe '{recipe}'.")
+        raise FileNotFoundError(f"There is no recipe '{recipe}'; --recipe takes {', '.join(sorted(scripts))}.")
     if not config.is_file():
         raise FileNotFoundError(f"'{config}' does not exist.")
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", str(script)]

@@ -21,8 +21,10 @@ from transformers.trainer_utils import TrainOutput
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
+from hf_approx.methods.base import method_configs
 from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
+from hf_approx.optim.config import check_config
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
@@ -77,7 +79,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             or None to keep each parameter's own.
 
     Raises:
-        ValueError: A config does not fit the model; the model is then unchanged.
+        ValueError: An argument is no config, or does not fit the model; the model is then unchanged.
     """
 
     def __init__(
@@ -88,10 +90,8 @@ class ApproxTrainerMixin(CheckpointMixin):
         store_dtype: str | None = "float16",
         **kwargs: Any,
     ) -> None:
-        configs = [approx] if isinstance(approx, MethodConfig) else list(approx or ())
-        for config in configs:
-            if not isinstance(config, MethodConfig):
-                raise ValueError(f"{type(self).__name__}: approx must hold method configs, got {config!r}.")
+        configs = method_configs(approx, type(self).__name__)
+        check_config(optimizer, type(self).__name__)
         if configs and kwargs.get("peft_config") is not None:
             raise ValueError(
                 f"{type(self).__name__}: methods compress whole models: compress in a run without peft_config, and "

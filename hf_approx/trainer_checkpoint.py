@@ -34,6 +34,16 @@ class CheckpointMixin(ShardedMixin, HubMixin):
     _special: bool
     _recorder: Recorder
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a class in which `Trainer` would hide what this part and those beside it do."""
+        super().__init_subclass__(**kwargs)
+        ahead = [base for base in cls.__mro__[: cls.__mro__.index(CheckpointMixin)] if issubclass(base, Trainer)][1:]
+        if Trainer in ahead:
+            raise TypeError(
+                f"{cls.__name__}: ApproxTrainerMixin comes before the trainer among the bases: write "
+                f"class {cls.__name__}(ApproxTrainerMixin, {ahead[0].__name__})."
+            )
+
     def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
         """No checkpoint is best before the compressed structure is settled: early ones are still dense."""
         if not all(method.is_final or method.after_training for method in self.methods):

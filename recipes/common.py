@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
@@ -19,12 +18,18 @@ from rich.console import Console
 from transformers import CONFIG_MAPPING, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from config_files import ConfigError, build, describe, fits
+from config_files import ConfigError, build, describe, did_you_mean, fits
 from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.methods import METHODS, MethodConfig
+from sources import check_data_path, resolve_model
 
 RECIPES = Path(__file__).parent
 DTYPES = ("float32", "auto", "bfloat16", "float16")
+CARD = (
+    *("model_name", "repo_id", "base_model", "license", "language", "tags", "task", "datasets"),
+    *("dataset_name", "dataset_type", "dataset_config", "dataset_split", "note"),
+)
+"""What `ApproxTrainer.about` takes."""
 
 
 def command_line(
@@ -139,13 +144,19 @@ class RunConfig:
     card: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(self.arguments)
+        hints, known = get_type_hints(self.arguments), {f.name for f in fields(self.arguments)}
         for name, value in self.training.items():
-            if name not in {f.name for f in fields(self.arguments)}:
-                raise ConfigError(f"training: {self.arguments.__name__} has no option {name!r}.")
+            if name not in known:
+                close = did_you_mean(name, sorted(known))
+                raise ConfigError(f"training: {self.arguments.__name__} has no option {name!r}{close}.")
             # Options that may be text take more than their annotation says.
             if not fits("", hints[name]) and not fits(value, hints[name]):
                 raise ConfigError(f"training: {name} must be {describe(hints[name])}, got {value!r}.")
+        for name in self.card:
+            if name not in CARD:
+                raise ConfigError(
+                    f"card: unknown option {name!r}{did_you_mean(name, CARD)}; known: {', '.join(CARD)}."
+                )
         tags = self.card.get("tags", [])
         if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
             raise ConfigError(f"card: tags must be a list of texts, got {tags!r}.")
@@ -209,17 +220,6 @@ class RecipeConfig(RunConfig):
             self.text_columns = [self.text_columns]
 
 
-def resolve_model(name: str) -> str:
-    """A Hub id or folder; `package:NAME/FOLDER` becomes the folder inside that package."""
-    if not name.startswith("package:"):
-        return name
-    package, _, folder = name.removeprefix("package:").partition("/")
-    try:
-        return str(files(package).joinpath(folder))
-    except ModuleNotFoundError:
-        raise ConfigError(f"model: the package {package!r} is not installed; install hf-approx[demo].") from None
-
-
 def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
     """Raise `ConfigError` unless `{type: NAME, ...}` describes a model from scratch.
 
@@ -274,6 +274,7 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
     elif "path" not in options:
         raise ConfigError("dataset: give path, for datasets.load_dataset, or python, for a function.")
     else:
+        check_data_path(str(options["path"]), config.train_split, config.eval_split)
         try:
             data = load_dataset(**options)
         except (TypeError, ValueError, OSError, DatasetsError) as error:
@@ -282,9 +283,11 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
         raise ConfigError(
             "dataset: it must have several splits; leave out 'split' and set train_split and eval_split."
         )
-    for split in (config.train_split, config.eval_split):
+    for option in ("train_split", "eval_split"):
+        split = getattr(config, option)
         if split not in data:
-            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}.")
+            files = "" if "python" in config.dataset else ", or give data_files a file for each split"
+            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}: set {option}{files}.")
     there = data[config.train_split].column_names or list(next(iter(data[config.train_split])))
     for column in columns:
         if column not in there:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -84,6 +85,12 @@ def _misfit(name: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
     return _misfit(f"{name}.{wrong[0][0]}", wrong[0][1], inner[-1]) if wrong else (name, value, hint)
 
 
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """What to put behind an unknown name: the one it is close to, if there is one."""
+    close = get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
 def build(cls: type[T], options: dict[str, Any], where: str) -> T:
     """A dataclass from its options; `ConfigError`, beginning with `where`, if they do not fit."""
     if not isinstance(options, dict):
@@ -91,7 +98,8 @@ def build(cls: type[T], options: dict[str, Any], where: str) -> T:
     known = {f.name: f for f in fields(cast(Any, cls))}
     for name in options:
         if name not in known:
-            raise ConfigError(f"{where}: unknown option {name!r}; known: {', '.join(sorted(known))}.")
+            known_names = ", ".join(sorted(known))
+            raise ConfigError(f"{where}: unknown option {name!r}{did_you_mean(name, known)}; known: {known_names}.")
     missing = [n for n, f in known.items() if f.default is f.default_factory is MISSING and n not in options]
     if missing:
         raise ConfigError(f"{where}: {', '.join(sorted(missing))} must be given.")
@@ -138,8 +146,35 @@ def _override(data: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     place: Any = data
     try:
-        for part in parents:
+        for depth, part in enumerate(parents):
+            _check_entry(place, parents[:depth], [*parents, last][depth:], value)
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        _check_entry(place, parents, [last], value)
         place[int(last) if isinstance(place, list) else last] = yaml.load(value, _Loader)
+    except ConfigError:
+        raise
     except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
         raise ConfigError(f"--set: the config has no place {key!r} for {value!r}.") from None
+
+
+def _check_entry(place: Any, above: Sequence[str], below: Sequence[str], value: str) -> None:
+    """Raise `ConfigError` if the place is a list that has no such entry.
+
+    Args:
+        place: What the parts `above` of the key lead to.
+        above: They.
+        below: The rest of the key.
+        value: That is to be set.
+    """
+    if not isinstance(place, list):
+        return
+    name, key = ".".join(above), ".".join([*above, *below])
+    if not below[0].removeprefix("-").isdecimal():
+        raise ConfigError(
+            f"--set: {key!r}: {name} is a list; say which entry, counted from 0: {name}.0.{'.'.join(below)}={value}."
+        )
+    if not -len(place) <= int(below[0]) < len(place):
+        raise ConfigError(
+            f"--set: the config has no place {key!r}: {name} is a list of length {len(place)}, which --set cannot "
+            f"make longer; set the whole list, {name}=[...], or write the entry into the file."
+        )

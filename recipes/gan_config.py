@@ -136,7 +136,10 @@ class GanRecipe:
     @property
     def data(self) -> RunConfig:
         """The part of the config that every recipe has."""
-        names = ("dataset", "train_split", "eval_split", "max_train_samples", "max_eval_samples", "approx", "baseline")
+        names = (
+            *("dataset", "train_split", "eval_split", "max_train_samples", "max_eval_samples"),
+            *("approx", "baseline", "card"),
+        )
         return RunConfig(**{name: getattr(self, name) for name in names})
 
     def optimizer_config(self, network: str) -> AvaGradConfig | AdamConfig:

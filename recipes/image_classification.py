@@ -24,10 +24,11 @@ from transformers import (
     default_data_collator,
 )
 
-from common import RunConfig, check_scratch, fresh_model, load_labelled, resolve_model
+from common import RunConfig, check_scratch, fresh_model, load_labelled
 from comparison import Classifier, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
+from sources import resolve_model
 
 
 @dataclass

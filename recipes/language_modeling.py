@@ -24,10 +24,11 @@ from transformers import (
     default_data_collator,
 )
 
-from common import RunConfig, check_scratch, fresh_model, load_splits, resolve_model
+from common import RunConfig, check_scratch, fresh_model, load_splits
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
+from sources import resolve_model
 
 SHUFFLED_TEXTS = 1000
 """Texts a stream is shuffled among."""

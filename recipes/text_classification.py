@@ -13,8 +13,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from common import RecipeConfig, fresh_model, load_data, resolve_model
+from common import RecipeConfig, fresh_model, load_data
 from comparison import Classifier, run
+from sources import resolve_model
 
 
 class Recipe(Classifier):

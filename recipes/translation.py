@@ -25,10 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import RunConfig, check_scratch, first_samples, fresh_model, load_metric, load_splits, resolve_model
+from common import RunConfig, check_scratch, first_samples, fresh_model, load_metric, load_splits
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxSeq2SeqTrainer, ApproxTrainer
+from sources import resolve_model
 
 
 @dataclass

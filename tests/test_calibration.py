@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from helpers import assert_same_weights, make_trainer, weights
-from hf_approx import SmolConfig, attach_packing
+from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
@@ -182,6 +182,15 @@ def test_the_same_seed_gives_the_same_model():
     [
         (DataLoader([]), {}, "no batch"),
         (DataLoader([torch.ones(2)]), {}, "must be mappings"),
+        ([batch("bert")], {}, "loader must be a torch.utils.data.DataLoader, got a list; wrap the data in DataLoader"),
+        (batches("bert").dataset, {}, "loader must be a torch.utils.data.DataLoader, got a "),
+        (batches("bert"), {"held_out": [batch("bert")]}, "held_out must be a torch.utils.data.DataLoader, got a list"),
+        (batches("bert"), {"config": 4}, r"config must be a SmolConfig, such as .* got 4"),
+        (
+            batches("bert"),
+            {"config": SparsificationConfig()},
+            "config must be a SmolConfig, .* got SparsificationConfig",
+        ),
         (batches("bert"), {"steps": 1}, "steps must be"),
         (batches("bert"), {"config": SmolConfig(target_modules=["nothing"])}, "No module"),
         (batches("bert"), {"held_out": DataLoader([])}, "nothing to measure"),
@@ -210,11 +219,19 @@ def test_sharding_is_refused(kind, monkeypatch):
     assert_same_weights(weights(model), before)
 
 
-def test_rounding_without_data_refuses_to_quantize_inputs():
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SmolConfig(activations=True), "set activations=False, or use calibrate"),
+        ({"target_bits": 4.0}, "round_weights: config must be a SmolConfig, .* got {'target_bits': 4.0}"),
+    ],
+    ids=["inputs", "config"],
+)
+def test_rounding_without_data_refuses_what_it_cannot_do(config, message):
     model = build("bert")
     before = weights(model)
-    with pytest.raises(ValueError, match="set activations=False, or use calibrate"):
-        round_weights(model, SmolConfig(activations=True))
+    with pytest.raises(ValueError, match=message):
+        round_weights(model, config)
     assert_same_weights(weights(model), before)
 
 

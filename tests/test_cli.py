@@ -232,7 +232,12 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     refuse("not 'int4'", "compress", trained, tmp_path / "out", "--store-dtype", "int4")
     refuse("is not packed", "decompress", trained, tmp_path / "out")
     refuse("does not exist", "train", tmp_path / "no.yaml")
-    refuse("no recipe 'cooking'", "train", trained / "config.json", "--recipe", "cooking")
+    recipes = (
+        "image_classification, image_generation, language_modeling, optimizer_sweep, shortest_paths, "
+        "text_classification, ticket_search, translation."
+    )
+    for name in ("image_clasification", "common"):
+        refuse(f"no recipe '{name}'; --recipe takes {recipes}", "train", trained / "config.json", "--recipe", name)
     refuse("No such command", "frobnicate", code=2)
     assert (tmp_path / "full" / "file").read_text() == "mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "full", "list"]

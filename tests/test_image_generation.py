@@ -321,7 +321,8 @@ def test_the_config_for_a_gpu_can_be_read():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stepps=8", "unknown option 'stepps'"),
+        ("stepps=8", "unknown option 'stepps' (did you mean 'steps'?)"),
+        ("card={colour: red}", "card: unknown option 'colour'; known: model_name, "),
         ("steps=0", "steps must be a whole number of at least 1, got 0"),
         ("batch_size=1", "batch_size must be a whole number of at least 2, got 1"),
         ("image_size=28", "image_size must be one of 8, 16, 32, 64, 128, 256, got 28"),

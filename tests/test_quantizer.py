@@ -251,6 +251,8 @@ def test_attach_packing_refuses_and_changes_nothing():
         attach_packing(model, sparsify(model, sparsity=0.0))
     with pytest.raises(ValueError, match="no parameter 'nowhere'"):
         attach_packing(model, ["nowhere"])
+    with pytest.raises(ValueError, match="attach_packing: Linear is no PreTrainedModel; pass the transformers model"):
+        attach_packing(model.classifier, ["weight"])
     with pytest.raises(ValueError, match="not packed"):
         keep_zeros(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())

@@ -93,6 +93,7 @@ def test_a_value_of_any_kind_is_taken_or_named(tmp_path, name):
         ("words_shared50", {"model": None}, "model must be text, got None."),
         ("words_shared50", {"baseline": "no"}, "baseline must be true or false, got 'no'."),
         ("words_shared50", {"text_columns": [3]}, "text_columns must be a list of texts or text, got [3]."),
+        ("lm_docs_shared50", {"card": {"models": "x"}}, "card: unknown option 'models'"),
         ("digits_vit_sparse80", {"training": None}, "training must be a mapping of options, got None."),
         ("digits_vit_sparse80", {"model": None}, "model must be text or a mapping of options, got None."),
         ("lm_docs_shared50", {"dataset": [1]}, "dataset must be a mapping of options, got [1]."),

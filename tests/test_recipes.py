@@ -116,22 +116,29 @@ def test_train_command_passes_smoke_and_resume_on(config, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("modle=x", "unknown option 'modle'"),
+        ("modle=x", "unknown option 'modle' (did you mean 'model'?); known: approx, "),
         ("text_columns=[title]", "no column 'title'; it has first, second, verdict"),
-        ("eval_split=test", "no split 'test'; it has held_out, train"),
+        (
+            "eval_split=test",
+            "no split 'test'; it has held_out, train: set eval_split, or give data_files a file for each",
+        ),
         (
             "approx.0.method=magic",
             "got 'magic'",
         ),
-        ("approx.0.sparsity=0.5", "unknown option 'sparsity'"),
+        ("approx.0.target_sparsty=0.5", "unknown option 'target_sparsty' (did you mean 'target_sparsity'?)"),
         ("approx.0.target_sparsity=2", "target_sparsity must be between 0 and 1, got 2"),
         ("optimizer.lr=-1", "lr must be a finite number >= 0"),
         ("optimizer.lr=fast", "optimizer: "),
         ("training.max_steps=x", "training: max_steps must be an integer, got 'x'"),
         ("training.lr_scheduler_type=x", "training: x is not a valid SchedulerType"),
-        ("training.nonsense=1", "TrainingArguments has no option 'nonsense'"),
+        ("training.nonsense=1", "TrainingArguments has no option 'nonsense'."),
+        ("training.learning_rat=1", "has no option 'learning_rat' (did you mean 'learning_rate'?)."),
         ("max_train_samples=x", "max_train_samples must be an integer or null, got 'x'"),
-        ("model=/no/such/model", "/no/such/model"),
+        (
+            "model=/no/such/model",
+            "model: the folder '/no/such/model' does not exist; give the folder of a saved model",
+        ),
         ("dataset.split=train", "leave out 'split'"),
         ("dataset={python: 5}", "dataset: cannot load 5"),
         ("dataset={}", "dataset: give path, for datasets.load_dataset, or python"),
@@ -149,7 +156,16 @@ def test_train_command_passes_smoke_and_resume_on(config, tmp_path):
         ("fold={epochs: 1}", "fold: unknown option 'epochs'"),
         ("fold={layers: 1}", "fold: nothing to fold without the method 'sharing'"),
         ("model=package:no_such_package/x", "'no_such_package' is not installed"),
-        ("approx.7.method=x", "no place 'approx.7.method'"),
+        ("approx.7.method=x", "no place 'approx.7.method': approx is a list of length 1"),
+        ("approx.1.method=smol", "which --set cannot make longer; set the whole list, approx=[...]"),
+        ("approx.1={method: smol}", "no place 'approx.1': approx is a list of length 1"),
+        (
+            "approx.target_sparsity=0.5",
+            "approx is a list; say which entry, counted from 0: approx.0.target_sparsity=0.5.",
+        ),
+        ("text_columns.x=0", "text_columns is a list; say which entry, counted from 0: text_columns.0.x=0."),
+        ("dataset.path.x=0", "no place 'dataset.path.x'"),
+        ("card.licence=mit", "card: unknown option 'licence' (did you mean 'license'?); known: model_name, repo_id, "),
         ("nonsense", "--set needs KEY=VALUE"),
     ],
 )
@@ -158,6 +174,18 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     assert code == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("name", "loader"), [("rows.csv", "csv"), ("rows.jsonl", "json"), ("rows.txt", "text")])
+def test_a_file_of_data_is_no_data_set(config, tmp_path, capsys, name, loader):
+    path = tmp_path / name
+    path.write_text("first,second,verdict\n")
+    options = ["--config", str(config), "--output_dir", str(tmp_path / "out"), "--set", f"dataset={{path: {path}}}"]
+    assert text_classification.main(options) == 2
+    splits = f"{{train: {path}, held_out: ...}}"
+    printed = capsys.readouterr().err
+    assert printed == f"error: dataset: '{path}' is a file; write {{path: {loader}, data_files: {splits}}}.\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("approx", ["approx=[]", "approx.0.target_sparsity=0.5"])

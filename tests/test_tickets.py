@@ -260,6 +260,26 @@ def test_epochs_must_be_given():
     assert model.state_dict().keys() == build().state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("optimizers", "got"),
+    [
+        (lambda params: sgd(params)[0], "SGD"),
+        (lambda params: None, "NoneType"),
+        (lambda params: sgd(params)[::-1], "tuple"),
+        (lambda params: (sgd(params)[0], 0.1), "tuple"),
+    ],
+    ids=["optimizer", "none", "reversed", "number"],
+)
+def test_optimizers_must_be_a_pair(optimizers, got):
+    """The model is then as it was, and another search can be made of it."""
+    model = build()
+    config = TicketConfig(method=cs(), rounds=1, epochs=1)
+    with pytest.raises(ValueError, match=rf"must return \(optimizer, scheduler\), or \(optimizer, None\).* got {got}"):
+        TicketSearch(model, config, data(), loss, optimizers, accuracy).run()
+    assert_same_weights(dict(model.named_parameters()), dict(build().named_parameters()))
+    search(config, model=model).run()
+
+
 def test_parallel_searches_do_not_touch_each_other(tmp_path):
     """Two processes find what one does: no gradient is averaged and no data is shared out between searches."""
     found = []

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
@@ -27,6 +28,7 @@ from helpers import (
 from hf_approx import (
     ApproxSeq2SeqTrainer,
     ApproxTrainer,
+    ApproxTrainerMixin,
     AvaGradConfig,
     MagnitudePruningConfig,
     PackedFormatError,
@@ -292,15 +294,29 @@ def test_a_bad_method_leaves_the_model_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"approx": [{"method": "sparsification"}]}, "must hold method configs"),
+        ({"approx": [{"method": "sparsification"}]}, "approx takes a method config, .* got {'method'"),
+        ({"approx": "sparsification"}, "approx takes a method config, .* got 'sparsification'"),
+        ({"approx": {"method": "smol"}}, "approx takes a method config, .* got {'method': 'smol'}"),
+        ({"approx": SparsificationConfig}, "approx takes a method config, .* got <class .*SparsificationConfig"),
+        ({"approx": CS.build()}, "approx takes a method config, .* got <.*ContinuousSparsification"),
+        ({"optimizer": "avagrad"}, r"takes AvaGradConfig\(...\), .* TrainingArguments\(optim=...\) .* got 'avagrad'"),
+        ({"optimizer": torch.optim.SGD}, r"optimizer takes AvaGradConfig\(...\), .* got <class .*SGD"),
         ({"approx": CS, "store_dtype": "int8"}, "not 'int8'"),
         ({"approx": CS, "model_init": lambda: build("bert"), "model": None}, "model_init would replace"),
     ],
-    ids=["approx", "store_dtype", "model_init"],
 )
 def test_impossible_arguments_are_refused(tmp_path, options, message):
+    model = build("bert")
+    before = weights(model)
     with pytest.raises(ValueError, match=message):
-        ApproxTrainer(**{"model": build("bert"), "args": arguments(tmp_path), **options})
+        ApproxTrainer(**{"model": model, "args": arguments(tmp_path), **options})
+    assert_same_weights(weights(model), before)
+
+
+@pytest.mark.parametrize("base", [Trainer, Seq2SeqTrainer])
+def test_a_mixin_that_comes_last_is_refused(base):
+    with pytest.raises(TypeError, match=rf"^W: .* write class W\(ApproxTrainerMixin, {base.__name__}\)"):
+        type("W", (base, ApproxTrainerMixin), {})
 
 
 def test_an_optimizer_of_the_users_own_leaves_the_scores_to_adam(tmp_path):

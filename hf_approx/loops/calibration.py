@@ -79,6 +79,13 @@ def calibrate(
     Raises:
         ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
     """
+    _check_config("calibrate", config)
+    for name, batches in (("loader", loader), ("held_out", held_out)):
+        if not isinstance(batches, DataLoader) and (name == "loader" or batches is not None):
+            raise ValueError(
+                f"calibrate: {name} must be a torch.utils.data.DataLoader, got a {type(batches).__name__}; wrap the "
+                "data in DataLoader(data, batch_size=...)."
+            )
     accelerator = accelerator or Accelerator()
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
@@ -126,6 +133,7 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
     Raises:
         ValueError: The config does not fit the model or wants `activations`. The model is then unchanged.
     """
+    _check_config("round_weights", config)
     config = config or SmolConfig()
     if config.activations:
         raise ValueError(
@@ -136,6 +144,13 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
     method.settle()
     bits = method.metrics()["bits"]
     return Calibration(method.finalize(), method.grids, bits, None, None, "rounded")
+
+
+def _check_config(where: str, config: Any) -> None:
+    if config is not None and not isinstance(config, SmolConfig):
+        raise ValueError(
+            f"{where}: config must be a SmolConfig, such as SmolConfig(target_bits=4.0), or None, got {config!r}."
+        )
 
 
 @contextmanager

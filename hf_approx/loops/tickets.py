@@ -77,7 +77,7 @@ class TicketSearch(Rounds):
 
     def _train(self, name: str) -> float:
         weights = self.weights()
-        optimizer, scheduler = self.optimizers(weights) if weights else (None, None)
+        optimizer, scheduler = self._fresh(weights) if weights else (None, None)
         if optimizer is not None:
             optimizer = self.accelerator.prepare(optimizer)
         total = len(self.dataloader) * self.epochs
@@ -106,6 +106,18 @@ class TicketSearch(Rounds):
     def _evaluate(self) -> float:
         self.model.eval()
         return float(self.metric(self.model))
+
+    def _fresh(self, weights: list[nn.Parameter]) -> tuple[Optimizer, LRScheduler | None]:
+        made: Any = self.optimizers(weights)
+        pair = isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], Optimizer)
+        if not pair or not (made[1] is None or hasattr(made[1], "step")):
+            # The model can be searched again, by a search with another function.
+            self.method.detach()
+            raise ValueError(
+                "TicketSearch: optimizers must return (optimizer, scheduler), or (optimizer, None) without one, "
+                f"got {type(made).__name__}."
+            )
+        return made[0], made[1]
 
     def _note(self, numbers: dict[str, float]) -> None:
         super()._note(numbers)

@@ -1,7 +1,7 @@
 """What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -39,6 +39,25 @@ class MethodConfig(ABC):
             f"{type(self).__name__}: this method does not work in the rounds of a ticket search; choose one that "
             "does, such as SparsificationConfig."
         )
+
+
+def method_configs(approx: Any, where: str) -> list[MethodConfig]:
+    """The configs of an argument `approx`, which is one, several or None.
+
+    Raises:
+        ValueError: It holds something else; the message begins with `where`.
+    """
+    if isinstance(approx, MethodConfig):
+        return [approx]
+    several = isinstance(approx, Iterable) and not isinstance(approx, (str, Mapping))
+    configs = [] if approx is None else list(approx) if several else [approx]
+    for config in configs:
+        if not isinstance(config, MethodConfig):
+            raise ValueError(
+                f"{where}: approx takes a method config, such as SparsificationConfig(target_sparsity=0.9), or a list "
+                f"of them, got {config!r}."
+            )
+    return configs
 
 
 class Method(ABC):

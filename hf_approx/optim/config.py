@@ -68,3 +68,12 @@ class AvaGradConfig:
     def kwargs(self) -> dict[str, Any]:
         """The keyword arguments of [`AvaGrad`]."""
         return asdict(self)
+
+
+def check_config(optimizer: Any, where: str) -> None:
+    """Raise `ValueError`, beginning with `where`, unless an argument `optimizer` is [`AvaGradConfig`] or None."""
+    if optimizer is not None and not isinstance(optimizer, AvaGradConfig):
+        raise ValueError(
+            f"{where}: optimizer takes AvaGradConfig(...), or None for the one TrainingArguments(optim=...) names, "
+            f"got {optimizer!r}."
+        )
