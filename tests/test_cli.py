@@ -285,18 +285,18 @@ def test_what_is_wrong_with_a_model_is_one_sentence(edited, tmp_path, refuse):
     assert not out.exists()
 
 
-def test_heads_of_another_training_are_left_out(edited, tmp_path, caplog):
-    """As many a repository has them; parts of the model itself are not."""
+def test_heads_of_another_training_and_old_buffers_are_left_out(edited, tmp_path, caplog):
+    """As many a repository has them; layers of the model itself are not."""
     folder = edited()
     tensors = load_file(folder / "model.safetensors")
-    others = {"cls.predictions.bias": torch.zeros(48), "cls.seq_relationship.bias": torch.zeros(2)}
+    others = {"cls.predictions.bias": torch.zeros(48), "bert.encoder.layer.0.mask": torch.zeros(2)}
     save_file({**tensors, **others}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SystemExit) as exit_:
         main(["compress", str(folder), str(tmp_path / "out")])
     assert exit_.value.code == 0
     assert {row.name for row in inspect_checkpoint(tmp_path / "out").rows} == set(tensors)
     (message,) = caplog.messages
-    assert message == "BertForSequenceClassification has no 'cls.predictions.bias' and 1 more: left out."
+    assert message == "BertForSequenceClassification has no 'bert.encoder.layer.0.mask' and 1 more: left out."
 
 
 def test_a_card_of_a_config_without_a_list_of_architectures(edited):

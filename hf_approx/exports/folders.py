@@ -86,7 +86,8 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     if wrong:
         raise ValueError(f"'{folder}' does not hold a complete {name}: {wrong[0]}.")
     unused = sorted(report["unexpected_keys"])
-    # Heads of another training are none of this model's; its own may be, if the class is only a guess.
+    # Heads of another training and buffers of another release are none of this model's; layers are, and a head may be
+    # where the class is only a guess.
     lost = [key for key in unused if not config.architectures or _of_stack(key, model)]
     if lost:
         raise ValueError(f"'{folder}' does not hold a {name}: the class has no '{lost[0]}'.")
@@ -99,8 +100,9 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
 def _of_stack(key: str, model: PreTrainedModel) -> bool:
     """Whether a tensor is of a layer beyond the last that the model has in a list of layers."""
     parts = key.split(".")
-    lists = {".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()}
-    return any(name in lists and isinstance(module, nn.ModuleList) for name, module in model.named_modules())
+    places = {".".join(parts[:i]): int(part) for i, part in enumerate(parts) if part.isdecimal()}
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return any(index >= len(lists[name]) for name, index in places.items() if name in lists)
 
 
 def exported_report(source: Path) -> dict[str, Any]:
