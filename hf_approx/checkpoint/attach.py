@@ -53,12 +53,12 @@ def attach_packing(
         ValueError: The model is no `PreTrainedModel`, a name is no parameter, a value overflows the stored dtype, a
             grid does not fit its weight, or the model has PEFT adapters. The model is unchanged.
     """
+    refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"attach_packing: {type(model).__name__} is no PreTrainedModel; pass the transformers model whose "
             "save_pretrained is to write packed weights."
         )
-    refuse_adapters(model)
     params = dict(model.named_parameters(remove_duplicate=False))
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, ApproxQuantizer):
