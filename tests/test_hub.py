@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from transformers import BertConfig, BertForSequenceClassification
 
 from helpers import ROOT, make_trainer
 from hf_approx import MagnitudePruningConfig, attach_packing
+from hf_approx.hub import inspect_repo
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.remote_code import LOADER_FILE
 from hf_approx.targets import select_modules
@@ -161,15 +162,14 @@ def hub():
 
 @pytest.fixture
 def start(hub, tmp_path):
-    """Start a process with an empty HF_HOME, or an earlier one offline, that knows this Hub and a token if told."""
+    """Start a process with an empty HF_HOME that knows this Hub and, by default, no token."""
 
-    def run(code, *args, token=None, offline=None):
-        home = offline or tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
-        home.mkdir(exist_ok=True)
+    def run(code, *args, token=None):
+        home = tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
+        home.mkdir()
         env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE")}
         env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         env |= {"PYTHONPATH": str(ROOT / "tests"), **({"HF_TOKEN": token} if token else {})}
-        env |= {"HF_HUB_OFFLINE": "1"} if offline else {}
         command = [sys.executable, "-c", code, *map(str, args)]
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -193,8 +193,8 @@ def run(start):
 def cli(run):
     """Call the command line in one process, once for each list of arguments."""
 
-    def calls(*commands, **options):
-        out, _ = run(CLI, json.dumps([[str(arg) for arg in args] for args in commands]), **options)
+    def calls(*commands, token=None):
+        out, _ = run(CLI, json.dumps([[str(arg) for arg in args] for args in commands]), token=token)
         return json.loads(out.splitlines()[-1])
 
     return calls
@@ -394,24 +394,20 @@ def test_revisions_and_headers_over_the_network(hub, cli, folder, tmp_path):
     assert set(hub.sent) == {"config.json", WEIGHTS}
 
 
-def test_revisions_offline(hub, cli, folder, tmp_path):
-    build("bert").save_pretrained(tmp_path / "dense")
-    results = cli(
-        ["push", folder, "me/offline"],
-        ["push", tmp_path / "dense", "me/offline", "--revision", "dense"],
-        ["decompress", "me/offline", tmp_path / "out"],
-        ["decompress", "me/offline", tmp_path / "none", "--revision", "dense"],
-        token=TOKEN,
-    )
-    assert [code for code, _, _ in results] == [0, 0, 0, 1]
-    assert "is not packed" in results[3][2]
-    home = tmp_path / "home0"
-    commands = [["inspect", "me/offline", "--json", "--revision", name] for name in ("main", "dense", "other")]
-    main, dense, other = cli(*commands, offline=home)
-    assert any(tensor["packed"] for tensor in json.loads(main[1])["tensors"])
-    assert not any(tensor["packed"] for tensor in json.loads(dense[1])["tensors"])
-    assert other[0] == 1
-    assert "neither a folder nor a repository that can be reached" in other[2]
+def test_revisions_offline(folder, tmp_path, monkeypatch):
+    """Of what an earlier download has left in the cache."""
+    repo = tmp_path / "models--me--offline"
+    build("bert").save_pretrained(repo / "snapshots" / ("b" * 40))
+    shutil.copytree(folder, repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    (repo / "refs" / "dense").write_text("b" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert inspect_repo("me/offline") == inspect_checkpoint(folder)
+    assert not any(row.packed for row in inspect_repo("me/offline", revision="dense").rows)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository that can be reached"):
+        inspect_repo("me/offline", revision="other")
 
 
 def test_a_repository_is_read_without_the_models_in_its_folders_and_never_written_to(hub, cli, folder, tmp_path):
