@@ -31,8 +31,6 @@ PICTURES = {
     "similarity.png": "Similarity of the layers that share templates",
 }
 PLACEHOLDER = "PATH_OR_REPO"
-PACKAGES = {"compressed-tensors": "compressed-tensors"}
-"""What to install for transformers to load a format."""
 
 # All that is neither a letter, a digit nor harmless; underscores that do not join two words; the point that makes a
 # link of `www.`.
@@ -95,7 +93,6 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "totals": [f"{report['totals'][f'{name}_bytes']:,}" for name in ("dense", "packed") if "totals" in report],
             "packed": packing is not None,
             "format": inspection.format,
-            "package": PACKAGES.get(inspection.format),
             "stored": _stored(packing, inspection),
             "sparsity": f"{inspection.sparsity:.2%}",
             "bits": f"{inspection.bits:.2f}",

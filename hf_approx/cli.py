@@ -17,7 +17,7 @@ import hf_approx
 from hf_approx.cards import CARD_FILE, one_line, write_card
 from hf_approx.checkpoint import attach_packing
 from hf_approx.exports import GROUP_SIZES, check_output, export_model, load_model, write_model
-from hf_approx.hub import inspect_repo, license_of, push_folder
+from hf_approx.hub import inspect_source, license_of, push_folder
 from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
 from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
@@ -133,10 +133,10 @@ def compress(
     if not attach_packing(model, names, store_dtype, grids):
         raise ValueError(f"'{source}' has no weight with enough zeros to gain from packing. Sparsify it first.")
     report = {} if result is None else _report(result, source, {"target_bits": bits, "max_bits": max_bits}, token)
-    write_model(model, folder, output, report=report)
+    after = write_model(model, folder, output, report=report)
     _show(inspect_checkpoint(output), brief=True)
     if result is not None:
-        _tell(result, before, inspect_checkpoint(output).bytes)
+        _tell(result, before, after)
 
 
 @app.command()
@@ -153,11 +153,7 @@ def inspect(
 
     Of a repository only the config and the headers of the weight files are read.
     """
-    folder = Path(source)
-    if folder.exists():
-        result = inspect_checkpoint(find_checkpoint(source, revision=revision))
-    else:
-        result = inspect_repo(source, revision, token)
+    result = inspect_source(source, revision, token)
     if plot is not None:
         plot_layers(result, plot)
     if as_json:

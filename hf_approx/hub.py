@@ -28,8 +28,8 @@ from hf_approx.inspection import (
     describe_tensors,
     find_checkpoint,
     inspect_checkpoint,
-    other_format,
     read_packing,
+    read_quantization,
     weight_files,
 )
 from hf_approx.packing import PackedFormatError
@@ -115,6 +115,13 @@ def push_folder(
         raise ConnectionError(f"Nothing was pushed to '{repo_id}': {text}") from None
 
 
+def inspect_source(source: str | Path, revision: str | None = None, token: str | None = None) -> Inspection:
+    """Inspect a folder or, if there is none of that name, a Hub repository; see `inspect_repo`."""
+    if Path(source).exists():
+        return inspect_checkpoint(find_checkpoint(str(source), revision=revision))
+    return inspect_repo(str(source), revision, token)
+
+
 def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = None) -> Inspection:
     """Inspect a Hub repository by its config and the headers of its weight files, which are not downloaded.
 
@@ -143,8 +150,7 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         raise PackedFormatError(f"'{repo_id}' has a damaged weight file: {error}") from None
     tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
     stored = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
-    folder = Path(config).parent
-    return describe_tensors(stored, read_packing(folder), other_format(folder))
+    return describe_tensors(stored, *read_quantization(Path(config).parent))
 
 
 def license_of(repo_id: str, token: str | None = None) -> str | None:

@@ -210,25 +210,15 @@ def read_packing(folder: Path) -> ApproxConfig | None:
     Raises:
         PackedFormatError: It is damaged.
     """
-    data = _quantization(folder)
-    return ApproxConfig.from_dict(data) if data.get("quant_method") == QUANT_METHOD else None
+    return read_quantization(folder)[0]
 
 
-def other_format(folder: Path) -> str:
-    """What a checkpoint's config calls the format that another library quantized it in; empty if none has.
+def read_quantization(folder: Path) -> tuple[ApproxConfig | None, str]:
+    """As `read_packing`, and what the config calls the format that another library quantized the checkpoint in.
 
     Raises:
         PackedFormatError: It is damaged.
     """
-    data = _quantization(folder)
-    name = data.get("quant_method")
-    if not data or name == QUANT_METHOD:
-        return ""
-    return name if isinstance(name, str) and name else "unnamed"
-
-
-def _quantization(folder: Path) -> dict[str, Any]:
-    """The part of a checkpoint's config that says how it is quantized, empty if there is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError:
@@ -236,7 +226,12 @@ def _quantization(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise PackedFormatError(f"{folder / 'config.json'} is not a JSON object.")
     data = config.get("quantization_config")
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict) or not data:
+        return None, ""
+    name = data.get("quant_method")
+    if name == QUANT_METHOD:
+        return ApproxConfig.from_dict(data), ""
+    return None, name if isinstance(name, str) and name else "unnamed"
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
@@ -246,7 +241,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         PackedFormatError: The config or a weight file is damaged.
         FileNotFoundError: There is no safetensors file.
     """
-    packing, other, stored = read_packing(folder), other_format(folder), {}
+    (packing, other), stored = read_quantization(folder), {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
@@ -266,7 +261,7 @@ def describe_tensors(
     Args:
         stored: Dtype (in safetensors' notation) and shape of every stored tensor, by name.
         packing: The packing part of the config, if there is one.
-        other: As of `other_format`.
+        other: The format of another library, as of `read_quantization`.
 
     Raises:
         PackedFormatError: They contradict each other.

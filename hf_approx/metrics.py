@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from hf_approx.hub import inspect_repo
-from hf_approx.inspection import Inspection, find_checkpoint, inspect_checkpoint
+from hf_approx.hub import inspect_source
+from hf_approx.inspection import Inspection, inspect_checkpoint
 from hf_approx.methods.base import parametrizations
 from hf_approx.modules.bank import SharedWeight
 
@@ -96,8 +96,7 @@ def _in_training(module: nn.Module) -> bool:
 
 def _inspect(model: str | Path | PreTrainedModel) -> Inspection:
     if not isinstance(model, PreTrainedModel):
-        there = Path(model).exists()
-        return inspect_checkpoint(find_checkpoint(str(model))) if there else inspect_repo(str(model))
+        return inspect_source(model)
     for name, module in model.named_modules():
         if _in_training(module):
             raise ValueError(

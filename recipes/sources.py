@@ -4,9 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from config_files import ConfigError
-
-LOADERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
-"""What `datasets.load_dataset` reads files with, by the end of their name."""
+from hf_approx.loops.calibration_data import READERS
 
 
 def resolve_model(name: str) -> str:
@@ -31,7 +29,7 @@ def resolve_model(name: str) -> str:
 
 def check_data_path(path: str, train_split: str, eval_split: str) -> None:
     """Raise `ConfigError` for a `path` of `load_dataset` that is itself a file of data."""
-    loader = LOADERS.get(Path(path).suffix)
+    loader = READERS.get(Path(path).suffix)
     if loader is not None and Path(path).is_file():
         raise ConfigError(
             f"dataset: {path!r} is a file; write {{path: {loader}, data_files: {{{train_split}: {path}, "

@@ -80,8 +80,8 @@ def calibrate(
         ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
     """
     _check_config("calibrate", config)
-    for name, batches in (("loader", loader), ("held_out", held_out)):
-        if not isinstance(batches, DataLoader) and (name == "loader" or batches is not None):
+    for name, batches in {"loader": loader, **({} if held_out is None else {"held_out": held_out})}.items():
+        if not isinstance(batches, DataLoader):
             raise ValueError(
                 f"calibrate: {name} must be a torch.utils.data.DataLoader, got a {type(batches).__name__}; wrap the "
                 "data in DataLoader(data, batch_size=...)."
