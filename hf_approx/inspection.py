@@ -1,6 +1,5 @@
 """What is in a checkpoint, read from its config and the headers of its weight files."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
+from hf_approx.json_files import read_json
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, SharedSpec, TensorSpec
 
@@ -219,12 +219,7 @@ def read_quantization(folder: Path) -> tuple[ApproxConfig | None, str]:
     Raises:
         PackedFormatError: It is damaged.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise PackedFormatError(f"{folder / 'config.json'} is not JSON.") from None
-    if not isinstance(config, dict):
-        raise PackedFormatError(f"{folder / 'config.json'} is not a JSON object.")
+    config = read_json(folder / "config.json")
     data = config.get("quantization_config")
     if not isinstance(data, dict) or not data:
         return None, ""
@@ -282,8 +277,8 @@ def weight_files(folder: Path) -> list[Path]:
         names = ["model.safetensors"]
     else:
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError):
             raise PackedFormatError(f"{index} is damaged.") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():

@@ -6,12 +6,12 @@ missing and how to install it, instead of stopping at sizes that do not fit.
 
 import json
 from pathlib import Path
-from typing import Any
 
 import transformers
 
 from hf_approx.cards import auto_class, first_architecture
 from hf_approx.checkpoint.config import LOADER
+from hf_approx.json_files import read_json
 
 LOADER_FILE = f"{LOADER}.py"
 
@@ -35,7 +35,7 @@ def loader_files(folder: Path) -> dict[str, bytes]:
     Returns:
         Contents by file name.
     """
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     name = first_architecture(config)
     cls = None if name is None else getattr(transformers, name, None)
     theirs = [ref for ref in (config.get("auto_map") or {}).values() if not str(ref).startswith(f"{LOADER}.")]
