@@ -19,6 +19,7 @@ from transformers import (
 from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
+from hf_approx.checkpoint.zeros import note_zeros
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.methods.base import method_configs
@@ -278,6 +279,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             ValueError: The checkpoint was not written to its end, or does not fit this run.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        note_zeros(self._plain_model)
         if self._twin is None:
             self._unpack()
         elif self._finalized and not self._repack:

@@ -1,6 +1,5 @@
 """Packed checkpoints through the real `save_pretrained` and `from_pretrained`."""
 
-import copy
 import json
 
 import pytest
@@ -168,23 +167,6 @@ def test_training_a_loaded_model_keeps_its_zeros(tmp_path, optimizer):
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
     restored = again.bert.encoder.layer[0].output.dense.weight
     assert torch.equal(restored, weight.detach().half().float())
-
-
-def test_a_copy_keeps_its_zeros_once_told(tmp_path, caplog):
-    save("bert", tmp_path / "a")
-    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
-    told, untold = copy.deepcopy(loaded), copy.deepcopy(loaded)
-    keep_zeros(told)
-    for model in (told, untold):
-        stepper = torch.optim.AdamW(model.parameters(), lr=0.01)
-        model.train()(**batch("bert"), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
-        stepper.step()
-    zeros = [(m.bert.encoder.layer[0].output.dense.weight == 0).float().mean() for m in (loaded, told, untold)]
-    assert zeros[0] == zeros[1] > 0.8 > zeros[2]
-    told.save_pretrained(tmp_path / "b")
-    assert "keep_zeros" not in caplog.text
-    untold.save_pretrained(tmp_path / "c")
-    assert "hf_approx.keep_zeros on the copy" in caplog.text
 
 
 def test_the_base_model_of_a_loaded_model_saves_packed(tmp_path):

@@ -14,7 +14,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
-from hf_approx.checkpoint.zeros import mask_gradient
+from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
 from hf_approx.logs import get_logger
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import (
@@ -146,7 +146,7 @@ class ApproxQuantizer(HfQuantizer):
             except PackedFormatError as error:
                 raise PackedFormatError(f"Packed weight '{name}' is damaged: {error}.") from None
             if spec.sparsity > 0:
-                mask_gradient(dense)
+                hold_zeros(dense)
             _replace(model, packed, dense)
         check_loaded(model)
         packed_layers = any(isinstance(module, SparseLinear) for module in model.modules())
@@ -173,6 +173,7 @@ class ApproxQuantizer(HfQuantizer):
             # Decoded weights are cast and trained like any others; transformers refuses both for quantized models.
             part.is_quantized = self.quantization_config.runtime == "packed"  # type: ignore[assignment]
             part.register_load_state_dict_pre_hook(_refuse_packed_state)
+            part.register_load_state_dict_post_hook(release_filled)
 
     def _decode(self, name: str, packed: Tensor, spec: TensorSpec) -> Tensor:
         """The dense weight, in the dtype it has in the model."""
@@ -249,7 +250,7 @@ class ApproxQuantizer(HfQuantizer):
                 specs[name] = written
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
-        _warn_of_changes(filled, moved)
+        _warn_of_changes(filled, moved, copied=not all(holds_zeros(tensors[name]) for name in filled))
         if config.structure is not None:
             config.structure = own_description(model, config.structure)
         config.activations = activations_of(model)
@@ -305,16 +306,17 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _warn_of_changes(filled: list[str], moved: list[str]) -> None:
+def _warn_of_changes(filled: list[str], moved: list[str], copied: bool) -> None:
     """Say that weights lost zeros, or left their grids, since they were compressed."""
     if filled:
-        logger.warning(
-            "'%s'%s had more zeros when it was loaded. Training keeps zeros unless the model was copied: call "
-            "hf_approx.keep_zeros on the copy. Merged adapters fill them: keep the adapters in files of their own, or "
-            "save the model dense, after model.dequantize().",
-            filled[0],
-            f" (and {len(filled) - 1} others)" if filled[1:] else "",
+        cause = (
+            "A copy of a model does not keep them: call hf_approx.keep_zeros on the copy before it is trained."
+            if copied
+            else "Optimizers keep them, but they were written to in another way, as merging adapters does: keep "
+            "adapters in files of their own, or save the model dense, after model.dequantize()."
         )
+        others = f" (and {len(filled) - 1} others)" if filled[1:] else ""
+        logger.warning("'%s'%s had more zeros when it was loaded. %s", filled[0], others, cause)
     if moved:
         logger.warning(
             "'%s' is no longer on the grid it was quantized to%s. It is saved rounded to it, so the saved model "

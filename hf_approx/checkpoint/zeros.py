@@ -1,16 +1,29 @@
-"""Training a sparse model without losing its zeros."""
+"""Training a sparse model without losing its zeros.
 
+Which weights are zero is written down when training starts: at the first gradient, or the first optimizer step. From
+then on their gradient is zero, so that clipping, norms and momentum are those of the sparse model, and after every
+step of whatever optimizer they are zero again: Muon and its like mix gradients, others add noise.
+"""
+
+import functools
 import weakref
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import PreTrainedModel
+
+_zeros: dict[int, Tensor | None] = {}
+"""By id of a parameter: where it is zero, a byte a weight; None until training starts."""
 
 
 def keep_zeros(model: PreTrainedModel) -> None:
     """Let no optimizer move the weights of a packed model that are zero.
 
-    Loading and `attach_packing` do this already. Call it on a `copy.deepcopy`, or after unfreezing parameters:
-    neither carries the gradient hooks that do the work.
+    Loading and `attach_packing` do this already, for parameters that are frozen too. Call it on a `copy.deepcopy`,
+    which is made of other parameters, and where you wrote to weights yourself in the middle of training: what is zero
+    when training goes on is what stays zero.
 
     Args:
         model: A model loaded from a packed checkpoint, or one `attach_packing` was called on.
@@ -22,20 +35,80 @@ def keep_zeros(model: PreTrainedModel) -> None:
     tensors = getattr(config, "tensors", None)
     if tensors is None:
         raise ValueError("keep_zeros: the model is not packed; load it from a packed checkpoint.")
-    params = dict(model.named_parameters(remove_duplicate=False))
-    for name, spec in tensors.items():
-        if name in params and spec.sparsity > 0:
-            mask_gradient(params[name])
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if holds_zeros(param) or (name in tensors and tensors[name].sparsity > 0):
+            hold_zeros(param)
 
 
-def mask_gradient(param: nn.Parameter) -> None:
-    """Zero the gradient of the weights that are zero, at every backward pass."""
-    if not param.requires_grad:
-        return
-    reference = weakref.ref(param)
+def hold_zeros(param: nn.Parameter) -> None:
+    """Let no optimizer move the weights that are zero when training next goes on."""
+    if not holds_zeros(param):
+        frozen = not param.requires_grad
+        if frozen:
+            # A hook that is registered now works once the parameter is trained.
+            param.requires_grad_(True)
+        param.register_hook(functools.partial(_mask_gradient, weakref.ref(param)))
+        if frozen:
+            param.requires_grad_(False)
+        weakref.finalize(param, _zeros.pop, id(param), None).atexit = False
+    _zeros[id(param)] = None
+    _follow_optimizers()
 
-    def hook(grad: Tensor) -> Tensor:
-        weight = reference()
-        return grad if weight is None else grad.masked_fill(weight == 0, 0)
 
-    param.register_hook(hook)
+def holds_zeros(tensor: Tensor) -> bool:
+    """Whether optimizers leave the zeros of this parameter alone."""
+    return id(tensor) in _zeros
+
+
+def note_zeros(model: nn.Module) -> None:
+    """Write down now which weights are zero, before a checkpoint of the training is loaded."""
+    for param in model.parameters():
+        if holds_zeros(param):
+            _where_zero(param)
+
+
+@torch.no_grad()
+def release_filled(model: nn.Module, *args: Any) -> None:
+    """Let weights move again to which other values were given; a hook for after `load_state_dict`."""
+    for param in model.parameters():
+        if _zeros.get(id(param)) is not None:
+            _zeros[id(param)] = _where_zero(param) & (param == 0)
+
+
+@torch.no_grad()
+def _where_zero(param: Tensor) -> Tensor:
+    zeros = _zeros[id(param)]
+    if zeros is None or zeros.shape != param.shape:
+        zeros = param == 0
+    _zeros[id(param)] = zeros = zeros.to(param.device)
+    return zeros
+
+
+def _mask_gradient(reference: weakref.ref[nn.Parameter], grad: Tensor) -> Tensor:
+    param = reference()
+    return grad if param is None or grad.is_sparse else grad.masked_fill(_where_zero(param), 0)
+
+
+@functools.cache
+def _follow_optimizers() -> None:
+    """Once a process: no optimizer has to be told of the parameters it holds."""
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+@torch.compiler.disable
+def _before_step(optimizer: Optimizer, *args: Any) -> None:
+    for param in _held(optimizer):
+        _where_zero(param)
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, *args: Any) -> None:
+    for param in _held(optimizer):
+        param.masked_fill_(_where_zero(param), 0)
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return [param for param in params if holds_zeros(param)]
