@@ -24,6 +24,7 @@ from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig
 from hf_approx.packing import MAX_BITS
 from hf_approx.plots import plot_layers
+from hf_approx.targets import never_saved
 
 app = typer.Typer(
     help="Sparsify and quantize Hugging Face models and ship them small.",
@@ -120,7 +121,8 @@ def compress(
         raise ValueError(f"'{source}' is {state}.")
     model = load_model(folder)
     before = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    names = [name for name, param in model.named_parameters() if param.dim() > 1 and param.is_floating_point()]
+    saved = [entry for entry in model.named_parameters() if entry[0] not in never_saved(model)]
+    names = [name for name, param in saved if param.dim() > 1 and param.is_floating_point()]
     result = None
     if bits is not None:
         config = SmolConfig(target_bits=bits, bits=range(1, max_bits + 1), seed=seed)

@@ -56,6 +56,11 @@ def refuse_adapters(model: nn.Module) -> None:
         )
 
 
+def never_saved(model: nn.Module) -> set[str]:
+    """Parameters that `save_pretrained` leaves out and a loaded model computes anew, such as tables of sines."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
 def select_modules(
     model: nn.Module, target_modules: Patterns = None, exclude: Patterns = None
 ) -> dict[str, nn.Module]:
@@ -70,8 +75,9 @@ def select_modules(
 
     Raises:
         ValueError: Nothing matches, a matched module has no weight of two or more dimensions, or its
-            weight is tied to another module's.
+            weight is tied to another module's, or never saved.
     """
+    computed = never_saved(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     users: dict[int, int] = {}
     for module in model.modules():
@@ -81,7 +87,8 @@ def select_modules(
     selected = {}
     for name, module in model.named_modules():
         if target_modules is None:
-            chosen = isinstance(module, DEFAULT_TYPES) and module is not head and _in_block(model, name)
+            default = isinstance(module, DEFAULT_TYPES) and module is not head and _in_block(model, name)
+            chosen = default and f"{name}.weight" not in computed
         else:
             chosen = matches(name, target_modules)
         # A method's own modules are no targets of the next one.
@@ -95,6 +102,11 @@ def select_modules(
         if users.get(id(weight), 1) > 1:
             raise ValueError(
                 f"The weight of '{name}' is tied to another module's; add '{name}' to exclude, or untie it."
+            )
+        if f"{name}.weight" in computed:
+            raise ValueError(
+                f"{type(model).__name__} computes the weight of '{name}', and transformers never saves it; add "
+                f"'{name}' to exclude."
             )
         selected[name] = module
     if target_modules is None:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 from hf_approx.loops import Rounds, Ticket, TicketConfig
 from hf_approx.optim import CompositeOptimizer
 from hf_approx.trainer import ApproxTrainer, _Schedule
+from hf_approx.trainer_files import check_whole
 
 STATE_FILE = "search.pt"
 
@@ -206,6 +207,7 @@ class _TrainerRounds(Rounds):
         saved = self.saved(folder)
         if saved is None:
             raise ValueError(f"TicketTrainer: {folder} holds no finished round to go on from.")
+        check_whole(saved / STATE_FILE)
         state = torch.load(saved / STATE_FILE, map_location="cpu", weights_only=True)
         self.plain.load_state_dict(state.pop("model"))
         self.steps = state.pop("steps", 0)

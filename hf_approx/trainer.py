@@ -213,7 +213,9 @@ class ApproxTrainerMixin(CheckpointMixin):
         trainer = cast(Trainer, self)
         groups = [] if self._finalized else [group for m in self.methods for group in m.param_groups()]
         if trainer.optimizer is not None:
-            if groups and not isinstance(trainer.optimizer, CompositeOptimizer):
+            # After a training that was interrupted it is what accelerate made of the one below.
+            plain = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+            if groups and not isinstance(plain, CompositeOptimizer):
                 trainer.optimizer = CompositeOptimizer(trainer.optimizer, torch.optim.Adam(groups, fused=True))
             return trainer.optimizer
         own = [param for group in groups for param in group["params"]]

@@ -14,16 +14,24 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names
+from hf_approx.files import write_text
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
+from hf_approx.trainer_files import (
+    STATE_FILE,
+    check_files,
+    fingerprints,
+    is_complete,
+    read_state,
+    step_of,
+    written_files,
+)
 from hf_approx.trainer_hub import HubMixin, remove_report
 from hf_approx.trainer_sharded import ShardedMixin
 
 logger = get_logger(__name__)
-
-STATE_FILE = "approx_state.json"
 
 
 class CheckpointMixin(ShardedMixin, HubMixin):
@@ -123,23 +131,35 @@ class CheckpointMixin(ShardedMixin, HubMixin):
         """The folder to go on from: the one asked for, or for True the last one that was written to its end.
 
         Raises:
-            ValueError: There is none, or the one asked for was not written to its end.
+            ValueError: There is none, or the one asked for was not written to its end, or a file of it is missing,
+                damaged or of another step.
         """
         if not asked:
             return None
         run = Path(cast(str, cast(Trainer, self).args.output_dir))
-        complete = sorted((p for p in run.glob("checkpoint-*") if _step(p) >= 0 and _is_complete(p)), key=_step)
+        complete = sorted((p for p in run.glob("checkpoint-*") if step_of(p) >= 0 and is_complete(p)), key=step_of)
         last = str(complete[-1]) if complete else None
         if isinstance(asked, str):
-            if os.path.isdir(asked) and not _is_complete(Path(asked)):
+            if os.path.isdir(asked) and not is_complete(Path(asked)):
                 raise ValueError(
                     f"Cannot resume: '{asked}' was not written to its end; "
                     + (f"resume from '{last}'." if last else "train from the start.")
                 )
-            return asked
-        if last is None:
+        elif last is None:
             raise ValueError(f"Cannot resume: '{run}' has no checkpoint that was written to its end.")
-        return last
+        checkpoint = asked if isinstance(asked, str) else cast(str, last)
+        if os.path.isdir(checkpoint):
+            check_files(cast(Trainer, self), Path(checkpoint))
+            self._check_methods(checkpoint)
+        return checkpoint
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing after the last step: `Trainer` takes one more if that was in the middle of an epoch."""
+        trainer = cast(Trainer, self)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer = cast(Trainer, self)
@@ -151,21 +171,27 @@ class CheckpointMixin(ShardedMixin, HubMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]
-        # The first process writes the last file after this: no process may be behind.
-        cast(Trainer, self).accelerator.wait_for_everyone()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        self._check_methods(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        trainer = cast(Trainer, self)
+        # The first process writes the last files after this: no process may be behind.
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            folder = Path(output_dir)
+            state = {
+                "step": trainer.state.global_step,
+                "files": fingerprints(folder, written_files(trainer, folder)),
+                "methods": [{**identity(method), "state": method.state_dict()} for method in self.methods],
+                "history": self._recorder.history,
+            }
+            write_text(folder / STATE_FILE, json.dumps(state))
 
     def _check_methods(self, checkpoint: str) -> None:
-        """Refuse a checkpoint of other methods or target modules before anything is loaded from it."""
+        """Refuse a checkpoint of other methods or target modules."""
         path = os.path.join(checkpoint, STATE_FILE)
         if not os.path.isfile(path):
             if self._finalized:
                 return
-            raise ValueError(f"Cannot resume: {path} is missing, so the methods' schedules are unknown.")
-        here, there = [identity(method) for method in self.methods], _read_json(path)["methods"]
+            raise ValueError(f"Cannot resume: '{path}' is missing, so the methods' schedules are unknown.")
+        here, there = [identity(method) for method in self.methods], read_state(Path(checkpoint))["methods"]
         if len(here) != len(there) or any(a["name"] != b["name"] for a, b in zip(here, there, strict=True)):
             names = [" and ".join(entry["name"] for entry in side) or "no methods" for side in (there, here)]
             raise ValueError(f"Cannot resume: the checkpoint was made with {names[0]}, this run has {names[1]}.")
@@ -179,39 +205,13 @@ class CheckpointMixin(ShardedMixin, HubMixin):
                         f"{mine['config'].get(option)!r}."
                     )
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        trainer = cast(Trainer, self)
-        if self.methods and trainer.args.should_save:
-            states = [{**identity(method), "state": method.state_dict()} for method in self.methods]
-            with open(os.path.join(output_dir, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"methods": states, "history": self._recorder.history}, file)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
         if checkpoint is not None and not self._finalized:
-            saved = _read_json(os.path.join(checkpoint, STATE_FILE))
+            saved = read_state(Path(checkpoint))
             for method, entry in zip(self.methods, saved["methods"], strict=True):
                 method.load_state_dict(entry["state"])
             self._recorder.history = saved["history"]
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: `Trainer` writes its own state last."""
-    try:
-        return isinstance(_read_json(str(checkpoint / TRAINER_STATE_NAME)), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def identity(method: Method) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hf_approx.packing import (
     round_to_grid,
 )
 from hf_approx.structures import sizes_of
-from hf_approx.targets import refuse_adapters
+from hf_approx.targets import never_saved, refuse_adapters
 
 
 def attach_packing(
@@ -69,6 +69,12 @@ def attach_packing(
     unknown = [name for name in names if name not in params]
     if unknown:
         raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
+    computed = never_saved(model)
+    lost = [name for name in names if name in computed]
+    if lost:
+        raise ValueError(
+            f"attach_packing: transformers never saves '{lost[0]}', {type(model).__name__} computes it; leave it out."
+        )
     dtype = dtype_from_name(store_dtype) if store_dtype else None
     tied = model.all_tied_weights_keys
     own_grids = {tied.get(name, name): Grid(g.bits.cpu(), g.scale.cpu()) for name, g in (grids or {}).items()}
@@ -77,7 +83,6 @@ def attach_packing(
     new = {}
     for name, grid in own_grids.items():
         new[id(params[name])] = (params[name], _on_grid(name, params[name].detach(), grid))
-    computed = model._keys_to_ignore_on_save or ()  # made anew by a loaded model, with all their digits
     for name, param in params.items():
         if id(param) not in new and param.is_floating_point() and name not in computed:
             value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
