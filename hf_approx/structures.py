@@ -1,6 +1,6 @@
 """Attention heads and feed-forward neurons: which weights of a transformers model stand or fall together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -297,12 +297,21 @@ def express_in_config(model: PreTrainedModel, structures: Sequence[Structure], k
     return True
 
 
-def own_description(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
-    """The description under the names of this model; see `own_name`. Names it does not have stay as they are."""
+def own_description(
+    model: nn.Module, data: dict[str, Any], find: Callable[[str, Container[str]], str | None] | None = None
+) -> dict[str, Any]:
+    """The description under the names of this model. Names it does not have stay as they are.
+
+    Args:
+        model: Any model.
+        data: As `describe` returns it.
+        find: Gets a name and the names of the modules, returns which of these it means; default: `own_name`.
+    """
     names = {name for name, _ in model.named_modules()}
 
     def own(name: str) -> str:
-        return own_name(name, getattr(model, "base_model_prefix", ""), names) or name
+        found = find(name, names) if find else own_name(name, getattr(model, "base_model_prefix", ""), names)
+        return found or name
 
     shapes = {}
     for name, shape in data["shapes"].items():

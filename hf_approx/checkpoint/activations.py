@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_approx.checkpoint.places import Names
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import PackedFormatError
-from hf_approx.targets import own_name
 
 MAX_CHANNELS = 1 << 24
 
@@ -44,7 +44,7 @@ def check_buffers(data: dict[str, dict[str, Any]], stored: Container[str]) -> No
                 raise PackedFormatError(f"The {buffer} of the activations of '{name}' are in no weight file.")
 
 
-def install_activations(model: PreTrainedModel, data: dict[str, dict[str, Any]]) -> None:
+def install_activations(model: PreTrainedModel, data: dict[str, dict[str, Any]], names: Names) -> None:
     """Give the layers their quantizers; their numbers are loaded like any other tensors.
 
     Entries for layers that a model of another class than the saved one does not have are left out.
@@ -54,7 +54,7 @@ def install_activations(model: PreTrainedModel, data: dict[str, dict[str, Any]])
     """
     modules = dict(model.named_modules())
     for name, entry in data.items():
-        found = own_name(name, model.base_model_prefix, modules)
+        found = names.find(name, modules)
         if found is not None:
             install(modules[found], ActivationQuantizer(entry["channels"], entry["signed"]))
         elif type(model).__name__ in (model.config.architectures or ()):

@@ -13,7 +13,9 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.places import Names, Placing, places
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
+from hf_approx.checkpoint.unpacking import Unpacking
 from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
 from hf_approx.logs import get_logger
 from hf_approx.modules import MAX_DENSITY, SparseLinear
@@ -64,6 +66,8 @@ class ApproxQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.grids = dict(grids or {})
         self._dtypes: dict[str, torch.dtype] = {}
+        self._places: dict[str, str] = {}
+        self._rows: dict[str, Tensor | None] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what cannot be loaded before anything is built."""
@@ -81,73 +85,79 @@ class ApproxQuantizer(HfQuantizer):
                 "train with ApproxTrainer, or use `hf-approx compress`."
             )
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Packed weights do not have the shape of the module's weight; their bytes are checked here instead."""
-        return param_name in self.quantization_config.tensors
-
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes a packed byte takes once decoded, so `device_map="auto"` plans for the dense weight."""
+        """Bytes a weight takes in the loaded model, so `device_map="auto"` plans for what stays packed as it is."""
         spec = self.quantization_config.tensors.get(param_name)
-        if spec is None or isinstance(spec, SharedSpec) or self.quantization_config.runtime == "packed":
-            return param.element_size()
-        return spec.numel * self._dtypes[param_name].itemsize / max(param.numel(), 1)
+        stays = isinstance(spec, SharedSpec) or self.quantization_config.runtime == "packed"
+        return spec.nbytes / spec.numel if spec is not None and stays else param.element_size()
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """None: a packed file uses the model's own parameter names, never those of its first release."""
-        return []
+        """Those of a packed file: every tensor to its place, every packed one decoded."""
+        return [Placing(self._places), Unpacking(self.quantization_config.tensors, self._decode)]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        """Check config and files against the model, then put a row of bytes in the place of each packed weight."""
+        """Check config and files against the model, and find the place of every tensor in it."""
         config = self.quantization_config
         _check_files(checkpoint_files or [], config)
+        names = Names(model)
         if config.structure is not None:
             try:
-                config.structure = own_description(model, config.structure)
+                config.structure = own_description(model, config.structure, names.find)
                 apply_description(model, config.structure)
             except ValueError as error:
                 raise PackedFormatError(str(error)) from None
-        install_activations(model, config.activations)
-        install_banks(model, config.tensors)
+        install_activations(model, config.activations, names)
+        install_banks(model, config.tensors, names)
+        self._places = places(checkpoint_files or [], config.tensors, model, names)
+        config.tensors = {self._places[n]: spec for n, spec in config.tensors.items() if n in self._places}
         params = dict(model.named_parameters(remove_duplicate=False))
-        lost = [name for name, spec in config.tensors.items() if not _own_names({name: spec}, model, params)]
-        if lost and type(model).__name__ in (model.config.architectures or ()):
-            raise PackedFormatError(f"Packed weight '{lost[0]}' does not exist in {type(model).__name__}.")
-        config.tensors = _own_names(config.tensors, model, params)
         plan = model._get_dtype_plan(kwargs.get("dtype") or model.dtype)
         for name, spec in config.tensors.items():
-            if tuple(params[name].shape) != spec.shape:
+            shape = list(params[name].shape) if name in params else "no parameter of that name"
+            if shape != list(spec.shape):
                 raise PackedFormatError(
-                    f"Packed weight '{name}': the file says shape {list(spec.shape)}, "
-                    f"the model has {list(params[name].shape)}."
+                    f"Packed weight '{name}': the file says shape {list(spec.shape)}, the model has {shape}."
                 )
             kept_wide = plan and build_glob_alternation(list(plan))[0].search(name)
             self._dtypes[name] = torch.float32 if kept_wide else params[name].dtype
-        for name, spec in config.tensors.items():
-            packed = torch.empty(spec.nbytes, dtype=torch.uint8, device="meta")
-            _replace(model, params[name], nn.Parameter(packed, requires_grad=False))
+
+    def _decode(self, model: PreTrainedModel, name: str, row: Tensor) -> Tensor:
+        """What transformers puts in the place of a packed parameter: the weight, in the dtype it has in the model.
+
+        For weights that stay packed it is zeros that take no memory, until the model is complete.
+        """
+        spec, dtype = self.quantization_config.tensors[name], self._dtypes[name]
+        self._rows[name] = None
+        try:
+            if isinstance(spec, SharedSpec) or (
+                isinstance(spec, SparseSpec) and self._runs_packed(model, name, spec, row)
+            ):
+                self._rows[name] = row
+                return torch.zeros((), dtype=dtype, device=row.device).expand(spec.shape)
+            if isinstance(spec, SparseSpec):
+                return unpack(row, spec, dtype)
+            assert isinstance(spec, QuantizedSpec)
+            weight, self.grids[name] = unpack_quantized(row, spec, dtype)
+            return weight
+        except PackedFormatError as error:
+            raise _damaged(name, error) from None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, spec in self.quantization_config.tensors.items():
-            packed = model.get_parameter(name)
-            if packed.device.type == "meta":
+            if name not in self._rows or model.get_parameter(name).device.type == "meta":
                 raise ValueError(NO_OFFLOAD)
-            if packed.dtype != torch.uint8:  # a tied weight, decoded under its other name
-                continue
+            row = self._rows.pop(name)
             try:
-                if isinstance(spec, SparseSpec) and self._runs_packed(model, name, spec):
-                    self._install_sparse(model, name, spec)
-                    continue
-                if isinstance(spec, SharedSpec):
-                    install_shared(model, name, spec, packed.data, self._dtypes[name])
-                    continue
-                dense = nn.Parameter(self._decode(name, packed.data, spec))
+                if row is None and spec.sparsity > 0:
+                    hold_zeros(model.get_parameter(name))
+                elif row is not None and isinstance(spec, SparseSpec):
+                    self._install_sparse(model, name, spec, row)
+                elif row is not None and isinstance(spec, SharedSpec):
+                    install_shared(model, name, spec, row, self._dtypes[name])
             except PackedFormatError as error:
-                raise PackedFormatError(f"Packed weight '{name}' is damaged: {error}.") from None
-            if spec.sparsity > 0:
-                hold_zeros(dense)
-            _replace(model, packed, dense)
+                raise _damaged(name, error) from None
         check_loaded(model)
         packed_layers = any(isinstance(module, SparseLinear) for module in model.modules())
         if self.quantization_config.runtime == "packed" and not packed_layers:
@@ -175,34 +185,26 @@ class ApproxQuantizer(HfQuantizer):
             part.register_load_state_dict_pre_hook(_refuse_packed_state)
             part.register_load_state_dict_post_hook(release_filled)
 
-    def _decode(self, name: str, packed: Tensor, spec: TensorSpec) -> Tensor:
-        """The dense weight, in the dtype it has in the model."""
-        if isinstance(spec, SparseSpec):
-            return unpack(packed, spec, self._dtypes[name])
-        assert isinstance(spec, QuantizedSpec)
-        weight, self.grids[name] = unpack_quantized(packed, spec, self._dtypes[name])
-        return weight
-
-    def _runs_packed(self, model: PreTrainedModel, name: str, spec: SparseSpec) -> bool:
-        module = model.get_submodule(name.rpartition(".")[0])
-        packed = model.get_parameter(name)
-        users = sum(p is packed for m in model.modules() for p in m._parameters.values())
+    def _runs_packed(self, model: PreTrainedModel, name: str, spec: SparseSpec, row: Tensor) -> bool:
+        module, param = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        tied = model.all_tied_weights_keys
+        users = sum(p is param for m in model.modules() for p in m._parameters.values())
         return (
             self.quantization_config.runtime == "packed"
             and type(module) in (nn.Linear, Conv1D)
             and users == 1
+            and name not in {*tied, *tied.values()}
             and not module._forward_pre_hooks
             and spec.nnz / spec.numel <= MAX_DENSITY
-            and packed.device.type == "cpu"
+            and row.device.type == "cpu"
             and self._dtypes[name] in (torch.float32, torch.float64)
         )
 
-    def _install_sparse(self, model: PreTrainedModel, name: str, spec: SparseSpec) -> None:
+    def _install_sparse(self, model: PreTrainedModel, name: str, spec: SparseSpec, row: Tensor) -> None:
         path = name.rpartition(".")[0]
         module = model.get_submodule(path)
-        packed = model.get_parameter(name).data
         bias = module._parameters["bias"]
-        sparse = SparseLinear(packed, spec, bias, self._dtypes[name], isinstance(module, Conv1D))
+        sparse = SparseLinear(row, spec, bias, self._dtypes[name], isinstance(module, Conv1D))
         model.set_submodule(path, sparse.train(module.training))
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -341,6 +343,10 @@ def _own_names(tensors: dict[str, Entry], model: PreTrainedModel, existing: Cont
     return own
 
 
+def _damaged(name: str, error: PackedFormatError) -> PackedFormatError:
+    return PackedFormatError(f"Packed weight '{name}' is damaged: {error}.")
+
+
 def _refuse_packed_state(module: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Say what to do where `load_state_dict`, which has no config to decode with, would report wrong shapes."""
     config = getattr(module.config, "quantization_config", None)
@@ -369,11 +375,3 @@ def _check_files(files: list[str], config: ApproxConfig) -> None:
             raise PackedFormatError(f"Packed weight '{name}' is in config.json but in no weight file.")
         spec.check_stored(name, *found[name])
     check_buffers(config.activations, stored)
-
-
-def _replace(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put `new` wherever `old` is used, so tied weights stay tied."""
-    for module in model.modules():
-        for name, param in module._parameters.items():
-            if param is old:
-                module._parameters[name] = new

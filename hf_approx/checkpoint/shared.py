@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_approx.checkpoint.places import Names
 from hf_approx.modules.bank import (
     BANKS,
     TemplateBank,
@@ -18,15 +19,15 @@ from hf_approx.modules.bank import (
     unshare,
 )
 from hf_approx.packing import PackedFormatError, SharedSpec, TensorSpec, pack_shared, unpack_shared
-from hf_approx.targets import own_name
 
 
-def install_banks(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) -> None:
+def install_banks(model: PreTrainedModel, tensors: Mapping[str, TensorSpec], names: Names) -> None:
     """Give the model the empty banks that its own layers need, for transformers to load the templates into.
 
     Args:
         model: A model before its weights are loaded.
         tensors: The entries of a config. Banks that only layers of another class use (a decoder's) are left out.
+        names: Of this model.
 
     Raises:
         PackedFormatError: Entries of one bank contradict each other.
@@ -44,7 +45,7 @@ def install_banks(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) -> 
     while known < len(dtypes):
         known = len(dtypes)
         for name, spec in entries.items():
-            own, holder = own_name(name, model.base_model_prefix, params), _bank_of_template(name)
+            own, holder = names.find(name, params), _bank_of_template(name)
             if own is not None:
                 dtypes.setdefault(spec.bank, params[own].dtype)
             elif holder in dtypes:

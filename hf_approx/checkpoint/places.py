@@ -1,0 +1,118 @@
+"""Where the tensors of a packed file belong in the model that loads it, whose class may not be the one that saved it."""
+
+from collections.abc import Collection, Container, Iterable, Mapping
+from typing import Any
+
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from hf_approx.modules.bank import BANKS, bank_prefix
+from hf_approx.packing import PackedFormatError
+from hf_approx.targets import own_name
+
+
+class Names:
+    """The names that a model has for what a file calls otherwise.
+
+    A packed file uses the names of the class that saved it. Other classes of the architecture have the same names, have
+    them with or without the base model's prefix, or have those that transformers' own renaming makes of them.
+
+    Args:
+        model: The model that loads the file.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+
+    def find(self, name: str, existing: Container[str]) -> str | None:
+        """The name of the same parameter or module in the model, or None if it has no such part.
+
+        Args:
+            name: A name in the file.
+            existing: Names in the model.
+        """
+        renamed = name
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        own = own_name(name, self._model.base_model_prefix, existing)
+        own = own or own_name(renamed, self._model.base_model_prefix, existing)
+        _, bank, rest = f".{name}".partition(f".{BANKS}.")
+        if own is None and bank and bank_prefix(self._model) + rest in existing:
+            own = bank_prefix(self._model) + rest
+        return own
+
+
+def places(files: Iterable[str], packed: Container[str], model: PreTrainedModel, names: Names) -> dict[str, str]:
+    """The parameter or buffer that each tensor of the files is for; those for parts the model lacks are left out.
+
+    Args:
+        files: Paths of safetensors files.
+        packed: Names of the tensors that are packed. If such a weight is tied, its parameter is the one that
+            transformers writes.
+        model: The model that loads the file, with its banks.
+        names: Of this model.
+
+    Raises:
+        PackedFormatError: A packed tensor is of a part that a model of this class always has, or parameters would start
+            random because neither hf_approx nor transformers knows what the file calls them.
+    """
+    stored: set[str] = set()
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            stored |= set(file.keys())
+    existing = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = model.all_tied_weights_keys
+    own = {name: found for name in stored if (found := names.find(name, existing)) is not None}
+    own = {name: tied.get(found, found) if name in packed else found for name, found in own.items()}
+    unplaced = sorted(stored - set(own))
+    lost = [name for name in unplaced if name in packed]
+    if lost and type(model).__name__ in (model.config.architectures or ()):
+        raise PackedFormatError(f"Packed weight '{lost[0]}' does not exist in {type(model).__name__}.")
+    _refuse_lost(model, existing, unplaced, set(own.values()))
+    return own
+
+
+def _refuse_lost(
+    model: PreTrainedModel, existing: Mapping[str, Any], unplaced: Collection[str], filled: Collection[str]
+) -> None:
+    """Raise unless all that found no place is of parts the model does not have.
+
+    New heads and parts of their own are what loading with another class is for. But a file with blocks that the model
+    does not have and a model with blocks that the file does not have are the same blocks under two names, and so are a
+    tensor and a parameter whose names differ by what is in front.
+    """
+    tied = model.all_tied_weights_keys
+    missing = [n for n in existing if n not in filled and tied.get(n) not in filled]
+    ends = {name[i:]: name for name in unplaced for i in range(len(name)) if i == 0 or name[i - 1] == "."}
+    block = next((name for name in unplaced if _in_block(name)), None)
+    for own in missing:
+        name = ends.get(own.removeprefix(f"{model.base_model_prefix}."), block if _in_block(own) else None)
+        if name is not None:
+            raise PackedFormatError(
+                f"{type(model).__name__} has '{own}', the file has '{name}', and nothing says where they belong. Load "
+                f"{', '.join(model.config.architectures or ['the class that was saved'])} and take the part you need "
+                "from it."
+            )
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+class Placing(WeightRenaming):
+    """The renaming that transformers applies to the names in a packed file.
+
+    Args:
+        to: Names in the model by name in the file; others stay.
+    """
+
+    def __init__(self, to: Mapping[str, str]) -> None:
+        super().__init__("", "")
+        self._to = to
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """The name in the model, and no pattern: nothing is undone when the model is saved."""
+        return self._to.get(source_key, source_key), None
