@@ -1,4 +1,4 @@
-"""Where the tensors of a packed file belong in the model that loads it, whose class may not be the one that saved it."""
+"""Where the tensors of a packed file belong in the model that loads it, whatever class saved it."""
 
 from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any
@@ -16,8 +16,8 @@ from hf_approx.targets import own_name
 class Names:
     """The names that a model has for what a file calls otherwise.
 
-    A packed file uses the names of the class that saved it. Other classes of the architecture have the same names, have
-    them with or without the base model's prefix, or have those that transformers' own renaming makes of them.
+    A packed file uses the names of the class that saved it. Other classes of the architecture have the same names,
+    have them with or without the base model's prefix, or have those that transformers' own renaming makes of them.
 
     Args:
         model: The model that loads the file.
@@ -56,8 +56,8 @@ def places(files: Iterable[str], packed: Container[str], model: PreTrainedModel,
         names: Of this model.
 
     Raises:
-        PackedFormatError: A packed tensor is of a part that a model of this class always has, or parameters would start
-            random because neither hf_approx nor transformers knows what the file calls them.
+        PackedFormatError: A packed tensor has no place although this class saved it, or parameters would start random
+            because neither hf_approx nor transformers knows what the file calls them.
     """
     stored: set[str] = set()
     for path in files:

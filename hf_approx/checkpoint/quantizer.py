@@ -185,12 +185,14 @@ class ApproxQuantizer(HfQuantizer):
             part.register_load_state_dict_pre_hook(_refuse_packed_state)
             part.register_load_state_dict_post_hook(release_filled)
 
-    def _runs_packed(self, model: PreTrainedModel, name: str, spec: SparseSpec, row: Tensor) -> bool:
+    def _runs_packed(self, model: PreTrainedModel, name: str, row: Tensor) -> bool:
         module, param = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+        spec = self.quantization_config.tensors[name]
         tied = model.all_tied_weights_keys
         users = sum(p is param for m in model.modules() for p in m._parameters.values())
         return (
             self.quantization_config.runtime == "packed"
+            and isinstance(spec, SparseSpec)
             and type(module) in (nn.Linear, Conv1D)
             and users == 1
             and name not in {*tied, *tied.values()}
