@@ -131,9 +131,7 @@ class ApproxQuantizer(HfQuantizer):
         spec, dtype = self.quantization_config.tensors[name], self._dtypes[name]
         self._rows[name] = None
         try:
-            if isinstance(spec, SharedSpec) or (
-                isinstance(spec, SparseSpec) and self._runs_packed(model, name, spec, row)
-            ):
+            if isinstance(spec, SharedSpec) or self._runs_packed(model, name, row):
                 self._rows[name] = row
                 return torch.zeros((), dtype=dtype, device=row.device).expand(spec.shape)
             if isinstance(spec, SparseSpec):
