@@ -1,9 +1,7 @@
 """Model cards: what a saved folder holds and what its training measured, as the README of a Hub repository."""
 
-import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,14 @@ from transformers.modelcard import TASK_MAPPING
 
 from hf_approx.checkpoint import ApproxConfig
 from hf_approx.citations import CITATIONS
-from hf_approx.inspection import Inspection, inspect_checkpoint, read_packing, weight_files
+from hf_approx.files import write_text
+from hf_approx.inspection import Inspection, inspect_checkpoint, read_packing
+from hf_approx.json_files import read_json
+from hf_approx.links import own_file
+from hf_approx.model_folder import weight_files
 from hf_approx.packing import SharedSpec, SparseSpec
 from hf_approx.report import REPORT_FILE, kind_of
+from hf_approx.text import one_line
 
 CARD_FILE = "README.md"
 MARKER = (
@@ -40,9 +43,10 @@ _UNSAFE = re.compile(r"[^\w /,;=%+().-]|(?<![^\W_])_|_(?![^\W_])|(?i:(?<=www)\.)
 def write_card(folder: Path, repo_id: str | None = None) -> bool:
     """Write `README.md` into a saved folder; False if there is one that was written by hand, which is left alone."""
     path = folder / CARD_FILE
-    if path.is_file() and not is_ours(path):
+    # An empty file is what a full disk left.
+    if path.is_file() and path.stat().st_size and not is_ours(path):
         return False
-    path.write_text(render_card(folder, repo_id), encoding="utf-8", newline="\n")
+    write_text(path, render_card(folder, repo_id))
     return True
 
 
@@ -118,11 +122,6 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     return str(ModelCard(environment.from_string(_template()).render(values)))
 
 
-def one_line(text: str) -> str:
-    """The text in one line: line breaks, control and formatting codes and other invisible characters become spaces."""
-    return " ".join("".join(" " if unicodedata.category(char)[0] in "CZ" else char for char in text).split())
-
-
 def escape(value: object) -> str:
     """One line of text that markdown, its tables and HTML show as it is, without links, emphasis or control codes."""
     return _UNSAFE.sub(lambda match: f"&#{ord(match[0])};", one_line(str(value)))
@@ -170,15 +169,7 @@ def _template() -> str:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object, every text in it in one line; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        data = _in_lines(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise ValueError(f"{path} is not JSON.") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON object.")
-    return data
+    return _in_lines(read_json(path)) if own_file(path.parent, path.name) else {}
 
 
 def _in_lines(data: Any) -> Any:

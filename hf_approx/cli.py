@@ -14,17 +14,19 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 import hf_approx
-from hf_approx.cards import CARD_FILE, one_line, write_card
+from hf_approx.cards import CARD_FILE, write_card
 from hf_approx.checkpoint import attach_packing
 from hf_approx.exports import GROUP_SIZES, check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_source, license_of, push_folder
-from hf_approx.inspection import Inspection, Row, find_checkpoint, inspect_checkpoint, read_packing
+from hf_approx.inspection import Inspection, Row, inspect_checkpoint, read_packing
 from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig
+from hf_approx.model_folder import find_checkpoint
 from hf_approx.packing import MAX_BITS
 from hf_approx.plots import plot_layers
 from hf_approx.targets import never_saved
+from hf_approx.text import one_line
 
 app = typer.Typer(
     help="Sparsify and quantize Hugging Face models and ship them small.",
@@ -241,7 +243,7 @@ def _show(result: Inspection, brief: bool = False) -> None:
             sparsity = f"{row.sparsity:.2%}" if row.packed and not row.bank else "-"
             # A name comes from a file that anyone may have made: it is no markup, and no code for the terminal.
             table.add_row(
-                Text(one_line(row.name)), shape, _stored_as(row), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}"
+                Text(one_line(row.name)), shape, Text(_stored_as(row)), sparsity, f"{row.bits:.2f}", f"{row.bytes:,}"
             )
         console.print(table)
     if result.format:

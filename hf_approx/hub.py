@@ -1,6 +1,8 @@
 """Sharing saved models on the Hub: one commit a push, and a look at a repository without downloading it."""
 
 import fnmatch
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,35 +11,34 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    constants,
     hf_hub_download,
+    hf_hub_url,
     is_offline_mode,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of the HTTP library that this version of the client is built on
-    NotASafetensorsRepoError,
-    SafetensorsParsingError,
 )
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_approx.cards import CARD_FILE, PICTURES, render_card
-from hf_approx.inspection import (
-    Inspection,
-    companions,
-    describe_tensors,
-    find_checkpoint,
-    inspect_checkpoint,
-    read_packing,
-    read_quantization,
-    weight_files,
-)
+from hf_approx.headers import PREFIX, Header, header_length, parse_header
+from hf_approx.inspection import Inspection, describe_tensors, inspect_checkpoint, read_packing, read_quantization
+from hf_approx.json_files import read_json
+from hf_approx.model_folder import CONFIG, INDEX, WEIGHTS, check_kind, find_checkpoint, model_files, shard_names
 from hf_approx.packing import PackedFormatError
-from hf_approx.remote_code import LOADER_FILE, loader_files
+from hf_approx.remote_code import LOADER_FILE, loader_files, without_code
 from hf_approx.report import REPORT_FILE
+from hf_approx.text import listed, one_line
 
 ARGUMENTS_FILE = "training_args.json"
 ATTEMPTS = 10
+FIRST_BYTES = 100_000
+"""Most headers are shorter."""
+REQUESTS, TIMEOUT = 8, 10
+NOT_SATISFIABLE = 416
+"""The status of a range beyond the end of a file."""
 
 # What an earlier push may have left that would be wrong, or unused, beside the files of this one.
 STALE = (
@@ -59,14 +60,17 @@ class Pushed:
         files: Names of the files the repository now has from it.
         bytes: Their size in all.
         commit: Its address and hash.
+        left_out: What else is in the folder that was pushed, but for hidden files.
     """
 
     files: list[str]
     bytes: int
     commit: CommitInfo
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"Pushed {len(self.files)} files, {self.bytes:,} bytes: {self.commit.commit_url}"
+        done = f"Pushed {len(self.files)} files, {self.bytes:,} bytes: {self.commit.commit_url}"
+        return f"{done}\nLeft out: {listed(self.left_out)}." if self.left_out else done
 
 
 def push_folder(
@@ -77,11 +81,16 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
     message: str = "Upload model",
+    is_model: bool = True,
 ) -> Pushed:
     """Push a saved model to the Hub in one commit: weights, config, tokenizer or processor, card, report, pictures.
 
-    Nothing else that is in the folder is pushed, no pickle above all. A folder without `README.md` gets a card in the
-    repository, and a packed model the file that `trust_remote_code=True` loads it with (see `hf_approx.remote_code`).
+    What is pushed is what has the name of such a file (see `hf_approx.model_folder.model_files`) and is a file of the
+    folder itself, or of the Hub's cache if it is a snapshot there. Nothing else that is in the folder is pushed, no
+    pickle, key or code above all; it is listed in what is returned. A config that names files of code (`auto_map`) is
+    pushed without these names. A folder without `README.md` gets a card in the repository, and a packed model the file
+    that `trust_remote_code=True` loads it with (see `hf_approx.remote_code`).
+
     Weights that the repository has from earlier pushes and this one does not replace are deleted in the same commit;
     if another commit comes first, this one is made again on top of it. If the push fails, the branch stays as it was;
     a repository or branch made for it stays too, with what it started from.
@@ -93,25 +102,28 @@ def push_folder(
         revision: Branch to push to, created from `main` if it does not exist; default `main`.
         token: Default: that of `HF_TOKEN` or `hf auth login`.
         message: Title of the commit.
+        is_model: Whether it is a model of transformers. Something else, adapters say, is not checked and gets no card.
 
     Raises:
         FileNotFoundError: The folder holds no saved model.
         PackedFormatError: Its config or weight files are damaged, or are of unfinished training.
-        ValueError: The repository exists and is public, or the token can be none.
+        ValueError: The repository exists and is public, or the token can be none; or the folder has a link in the
+            place of a file, a part that cannot come along, or a model that needs code of its own.
         ConnectionError: The Hub cannot be reached or says no.
     """
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ValueError("The token has characters that no token has; copy it again.")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder.")
-    files = _files(find_checkpoint(str(folder)), repo_id)
+    folder = Path(folder)
+    files, left_out = _model(find_checkpoint(str(folder)), repo_id) if is_model else _files(folder)
     api = HfApi(token=token)
     try:
-        return _push(api, files, repo_id, private, revision, message)
+        return _push(api, files, left_out, repo_id, private, revision, message)
     except (HTTPError, RuntimeError) as error:
         # An upload that failed says which file it was of, and its cause says why.
         parts = [str(part) for part in (error, error.__cause__ if isinstance(error, RuntimeError) else None) if part]
-        text = " ".join(" ".join(parts).split()).replace(token or "\0", "<token>")
+        text = one_line(" ".join(parts)).replace(token or "\0", "<token>")
         raise ConnectionError(f"Nothing was pushed to '{repo_id}': {text}") from None
 
 
@@ -135,22 +147,51 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
     api = HfApi(token=token)
     try:
         # One commit for all that is read: a push may come in between.
-        commit = api.model_info(repo_id, revision=revision).sha
-        config = hf_hub_download(repo_id, constants.CONFIG_NAME, revision=commit, token=token)
-        files = api.get_safetensors_metadata(repo_id, revision=commit).files_metadata
+        about = api.model_info(repo_id, revision=revision)
+        names, commit = {sibling.rfilename for sibling in about.siblings or ()}, str(about.sha)
+        check_kind(repo_id, names)
+        if not names & {WEIGHTS, INDEX}:
+            raise FileNotFoundError(f"'{repo_id}' has no safetensors files.")
+        config = hf_hub_download(repo_id, CONFIG, revision=commit, token=token)
+        shards = [WEIGHTS]
+        if INDEX in names:
+            index = hf_hub_download(repo_id, INDEX, revision=commit, token=token)
+            shards = shard_names(read_json(Path(index)), f"{INDEX} of '{repo_id}'")
+        stored: dict[str, Header] = {}
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            for header in pool.map(lambda name: _remote_header(repo_id, name, commit, token), shards):
+                stored.update(header)
     except HFValidationError:
         raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
     except HfHubHTTPError as error:
-        raise FileNotFoundError(" ".join(str(error).split())) from None
+        raise FileNotFoundError(one_line(str(error))) from None
     except HTTPError as error:
-        raise ConnectionError(f"'{repo_id}' cannot be reached: {error}") from None
-    except NotASafetensorsRepoError:
-        raise FileNotFoundError(f"'{repo_id}' has no safetensors files.") from None
-    except SafetensorsParsingError as error:
-        raise PackedFormatError(f"'{repo_id}' has a damaged weight file: {error}") from None
-    tensors = {name: tensor for file in files.values() for name, tensor in file.tensors.items()}
-    stored = {name: (str(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+        raise ConnectionError(f"'{repo_id}' cannot be reached: {one_line(str(error))}") from None
     return describe_tensors(stored, *read_quantization(Path(config).parent))
+
+
+def _remote_header(repo_id: str, name: str, commit: str, token: str | None) -> dict[str, Header]:
+    """The header of a weight file in a repository, with a request or two for a range of bytes."""
+    url, what = hf_hub_url(repo_id, name, revision=commit), f"{name} of '{repo_id}'"
+    first, size = _range(url, 0, FIRST_BYTES, token)
+    length = header_length(first, size, what)
+    data = first[PREFIX : PREFIX + length]
+    if len(data) < length:
+        data, _ = _range(url, PREFIX, length, token)
+    return parse_header(data, size, what)
+
+
+def _range(url: str, start: int, length: int, token: str | None) -> tuple[bytes, int]:
+    """A range of the bytes of a file, and the size of the whole file."""
+    headers = {**build_hf_headers(token=token), "Range": f"bytes={start}-{start + length - 1}"}
+    response = get_session().get(url, headers=headers, timeout=TIMEOUT)
+    if response.status_code == NOT_SATISFIABLE:
+        return b"", 0
+    hf_raise_for_status(response)
+    total = re.fullmatch(r"bytes \d+-\d+/(\d+)", response.headers.get("Content-Range", ""))
+    if total is None:  # the whole file
+        return response.content[start : start + length], len(response.content)
+    return response.content[:length], int(total[1])
 
 
 def license_of(repo_id: str, token: str | None = None) -> str | None:
@@ -163,24 +204,33 @@ def license_of(repo_id: str, token: str | None = None) -> str | None:
     return license_ if isinstance(license_, str) else None
 
 
-def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
-    """Paths or contents of the files of a saved model, which is checked, by name."""
+def _model(folder: Path, repo_id: str) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
+    """As `_files` of a saved model, which is checked, with a card."""
     packing = read_packing(folder)
     if packing is not None and packing.training:
         raise PackedFormatError(f"'{folder}' is a checkpoint of unfinished training: nobody could load it.")
     inspect_checkpoint(folder)
-    weights = {path.name for path in weight_files(folder)}
-    if len(weights) > 1:
-        weights.add(constants.SAFETENSORS_INDEX_FILE)
-    names = {*weights, CARD_FILE, *PICTURES, *(path.as_posix() for path in companions(folder))}
-    files: dict[str, str | bytes] = {name: str(folder / name) for name in sorted(names) if (folder / name).is_file()}
+    files, left_out = _files(folder)
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()
-    return files if packing is None else {**files, **loader_files(folder)}
+    return (files if packing is None else {**files, **loader_files(folder)}), left_out
+
+
+def _files(folder: Path) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
+    """Paths or contents of the files to push by name, and what is left out."""
+    found = model_files(folder, (CARD_FILE, ARGUMENTS_FILE, REPORT_FILE, *PICTURES))
+    names = sorted([*found.weights, *found.others])
+    return {name: without_code(folder / name) or str(folder / name) for name in names}, found.left_out
 
 
 def _push(
-    api: HfApi, files: dict[str, str | bytes], repo_id: str, private: bool | None, revision: str | None, message: str
+    api: HfApi,
+    files: dict[str, str | bytes],
+    left_out: tuple[str, ...],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    message: str,
 ) -> Pushed:
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.model_info(repo_id).private:
@@ -201,7 +251,7 @@ def _push(
         except HfHubHTTPError:
             if attempt == ATTEMPTS - 1 or api.model_info(repo_id, revision=revision).sha == head.sha:
                 raise
-    return Pushed(list(files), sum(a.upload_info.size for a in additions), commit)
+    return Pushed(list(files), sum(a.upload_info.size for a in additions), commit, left_out)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

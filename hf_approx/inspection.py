@@ -6,31 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from safetensors import SafetensorError, safe_open
-
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
+from hf_approx.headers import BITS, Header, read_header
 from hf_approx.json_files import read_json
+from hf_approx.model_folder import weight_files
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, SharedSpec, TensorSpec
-
-ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "C64": 8,
-    "I64": 8,
-    "U64": 8,
-    "I32": 4,
-    "U32": 4,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
 
 
 @dataclass(frozen=True)
@@ -132,78 +113,6 @@ class Inspection:
         return data
 
 
-COMPANIONS = (".json", ".txt", ".model", ".spm", ".bpe", ".tiktoken", ".jinja")
-"""Endings of the files that belong to a model beside its weights: tokenizer, processor, chat template."""
-TEMPLATES = "additional_chat_templates"
-"""The one folder with files of the model: chat templates other than the first."""
-ELSEWHERE = [
-    *(f"{TEMPLATES[:i]}[!{letter}]*/*" for i, letter in enumerate(TEMPLATES)),
-    *(f"{TEMPLATES[:i]}/*" for i in range(1, len(TEMPLATES))),
-    f"{TEMPLATES}?*/*",
-    "*/*/*",
-]
-"""Patterns of all that is in other folders: checkpoints of a training, say, or the same model for another engine. They
-know no "not", so there is one for each place at which the name of a folder can differ."""
-STATES = ("trainer_state.json", "approx_state.json")
-"""State of a training, not of a model."""
-
-
-def find_checkpoint(
-    path_or_repo: str, everything: bool = False, revision: str | None = None, token: str | None = None
-) -> Path:
-    """A folder, or the local copy of a Hub repository.
-
-    Args:
-        path_or_repo: Path or repository id.
-        everything: Download tokenizer and processor files too, not only config and weights.
-        revision: Branch, tag or commit of the repository; default `main`.
-        token: Default: that of `HF_TOKEN` or `hf auth login`.
-
-    Raises:
-        FileNotFoundError: It is neither, may not be read, or holds no `config.json`.
-        ValueError: A revision of a folder is asked for.
-    """
-    folder = Path(path_or_repo)
-    if folder.is_dir() and revision is not None:
-        raise ValueError(f"'{path_or_repo}' is a folder: only repositories have revisions.")
-    if not folder.is_dir():
-        endings = [*(COMPANIONS if everything else (".json",)), ".safetensors"]
-        try:
-            folder = Path(
-                snapshot_download(
-                    path_or_repo,
-                    revision=revision,
-                    token=token,
-                    allow_patterns=[f"*{ending}" for ending in endings],
-                    ignore_patterns=ELSEWHERE,
-                )
-            )
-        except HFValidationError:
-            raise FileNotFoundError(f"'{path_or_repo}' is neither a folder nor the name of a repository.") from None
-        except HfHubHTTPError as error:
-            raise FileNotFoundError(" ".join(str(error).split())) from None
-        except (HTTPError, OSError):
-            raise FileNotFoundError(
-                f"'{path_or_repo}' is neither a folder nor a repository that can be reached."
-            ) from None
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"'{path_or_repo}' has no config.json: it is not a saved model.")
-    return folder
-
-
-def companions(folder: Path) -> list[Path]:
-    """The files that belong to the model in a folder beside its weights: relative paths, in order."""
-    return sorted(
-        path.relative_to(folder)
-        for path in (*folder.iterdir(), *folder.glob(f"{TEMPLATES}/*.jinja"))
-        if path.is_file()
-        and path.suffix in COMPANIONS
-        and path.name not in STATES
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")  # of weight files
-    )
-
-
 def read_packing(folder: Path) -> ApproxConfig | None:
     """The packing part of a checkpoint's config, checked; None for an ordinary checkpoint.
 
@@ -236,25 +145,18 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         PackedFormatError: The config or a weight file is damaged.
         FileNotFoundError: There is no safetensors file.
     """
-    (packing, other), stored = read_quantization(folder), {}
+    packing, other = read_quantization(folder)
+    stored: dict[str, Header] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    part = file.get_slice(name)
-                    stored[name] = (part.get_dtype(), tuple(part.get_shape()))
-        except SafetensorError as error:
-            raise PackedFormatError(f"{path} is damaged: {error}") from None
+        stored.update(read_header(path))
     return describe_tensors(stored, packing, other)
 
 
-def describe_tensors(
-    stored: Mapping[str, tuple[str, tuple[int, ...]]], packing: ApproxConfig | None, other: str = ""
-) -> Inspection:
+def describe_tensors(stored: Mapping[str, Header], packing: ApproxConfig | None, other: str = "") -> Inspection:
     """What the headers of weight files say, under the light of the config.
 
     Args:
-        stored: Dtype (in safetensors' notation) and shape of every stored tensor, by name.
+        stored: The headers of all tensors, by name.
         packing: The packing part of the config, if there is one.
         other: The format of another library, as of `read_quantization`.
 
@@ -270,27 +172,11 @@ def describe_tensors(
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound, other)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files transformers would read: other safetensors files in the folder are none of the model's."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        names = ["model.safetensors"]
-    else:
-        try:
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError):
-            raise PackedFormatError(f"{index} is damaged.") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"'{folder}' has no file '{name}'.")
-    return [folder / name for name in names]
-
-
 def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None) -> Row:
     template = f".{BANKS}." in f".{name}"
     if spec is None:
-        size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
-        return Row(name, shape, dtype, False, 0.0, 8.0 * ITEM_BYTES.get(dtype, 1), size, 0 if template else size)
+        size = math.prod(shape) * BITS[dtype] // 8
+        return Row(name, shape, dtype, False, 0.0, float(BITS[dtype]), size, 0 if template else size)
     spec.check_stored(name, dtype, shape)
     counts = spec.weights if isinstance(spec, QuantizedSpec) else ()
     bank, dense = spec.bank if isinstance(spec, SharedSpec) else "", 0 if template else spec.dense_bytes

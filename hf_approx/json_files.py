@@ -27,6 +27,21 @@ def read_json(path: Path, unique_keys: bool = False) -> dict[str, Any]:
         PackedFormatError: It is too large, no JSON, no object, or nested too deeply.
         OSError: It cannot be read.
     """
+    data = _read(path, unique_keys)
+    if not isinstance(data, dict):
+        raise PackedFormatError(f"{path} is not a JSON object.")
+    return data
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The list in a JSON file; see `read_json`."""
+    data = _read(path)
+    if not isinstance(data, list):
+        raise PackedFormatError(f"{path} is not a JSON list.")
+    return data
+
+
+def _read(path: Path, unique_keys: bool = False) -> Any:
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise PackedFormatError(f"{path} is no file.")
@@ -40,9 +55,7 @@ def read_json(path: Path, unique_keys: bool = False) -> dict[str, Any]:
         raise PackedFormatError(f"{path} is nested too deeply.") from None
     except ValueError:
         raise PackedFormatError(f"{path} is not JSON.") from None
-    if not isinstance(data, dict):
-        raise PackedFormatError(f"{path} is not a JSON object.")
-    level: list[Any] = [data]
+    level: list[Any] = [data] if isinstance(data, (dict, list)) else []
     for _ in range(MAX_DEPTH):
         level = [
             part

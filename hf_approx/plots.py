@@ -4,8 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_approx.files import replacing
 from hf_approx.inspection import Inspection, Row
 from hf_approx.report import kind_of
+from hf_approx.text import one_line
+
+DPI, MAX_PIXELS = 150, 60_000
+"""Pictures with more pixels on a side cannot be drawn: with a thousand layers there are fewer of them to the inch."""
+MAX_LABEL = 120
 
 
 def load_pyplot() -> Any:
@@ -22,6 +28,32 @@ def load_pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure and close it.
+
+    Args:
+        figure: Of matplotlib.
+        path: Where to write; its ending chooses the format, `.png` if it has none. The file appears whole.
+
+    Raises:
+        ValueError: There is no such format.
+        OSError: It cannot be written.
+    """
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    try:
+        with replacing(path) as file:
+            dpi = min(DPI, MAX_PIXELS / max(figure.get_size_inches()))
+            figure.savefig(file, dpi=dpi, format=path.suffix.removeprefix(".").lower())
+    finally:
+        load_pyplot().close(figure)
+
+
+def label(text: str) -> str:
+    """A name that comes from a file, as a label that fits a picture; draw it with `parse_math=False`."""
+    text = one_line(text)
+    return text if len(text) <= MAX_LABEL else f"{text[: MAX_LABEL // 2]}...{text[-MAX_LABEL // 2 :]}"
 
 
 @dataclass(frozen=True)
@@ -99,13 +131,13 @@ def _draw(panels: list[_Panel], path: str | Path) -> None:
         for i, (row, value) in enumerate(zip(panel.rows, panel.values, strict=True)):
             axes.barh(i, value, color=colors[kind_of(row.name)])
         axes.axvline(panel.mean, color="black", linestyle=":", linewidth=1)
-        axes.set_yticks(range(len(panel.rows)), [row.name.removesuffix(".weight") for row in panel.rows], fontsize=7)
+        names = [label(row.name.removesuffix(".weight")) for row in panel.rows]
+        axes.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
         axes.set_xlim(0, panel.limit)
         axes.set_ylim(len(panel.rows) - 0.4, -0.6)
         axes.set_xlabel(panel.label)
         axes.set_title(panel.title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _position(row: Row) -> list[tuple[int, str]]:

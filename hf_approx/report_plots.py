@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_approx.plots import load_pyplot
+from hf_approx.plots import label as shown
+from hf_approx.plots import load_pyplot, save_figure
 
 
 def has_history(report: dict[str, Any]) -> bool:
@@ -32,8 +33,7 @@ def plot_training(report: dict[str, Any], path: str | Path) -> None:
     for (label, requested), (left, right) in zip(found.items(), axes, strict=True):
         _draw_sparsity(left, report["history"], label, requested)
         _draw_masks(figure, right, report["history"], label)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _sparse_labels(report: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +52,8 @@ def _draw_sparsity(axes: Any, history: list[dict[str, Any]], label: str, request
             axes.plot(*zip(*points, strict=True), style, label=key.replace("_", " "))
     if isinstance(requested, float):
         axes.axhline(100 * requested, color="black", linestyle=":", linewidth=1, label="requested")
-    axes.set(xlabel="step", ylabel="%", ylim=(0, 100), title=label)
+    axes.set(xlabel="step", ylabel="%", ylim=(0, 100))
+    axes.set_title(shown(label), parse_math=False)
     axes.legend(fontsize=8)
 
 

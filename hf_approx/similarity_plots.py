@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_approx.plots import load_pyplot
+from hf_approx.plots import label, load_pyplot, save_figure
 
 
 def plot_similarity(matrices: Mapping[str, Tensor | Sequence[Sequence[float]]], path: str | Path) -> None:
@@ -33,7 +33,7 @@ def plot_similarity(matrices: Mapping[str, Tensor | Sequence[Sequence[float]]], 
         axes.set_visible(False)
     for axes, (title, matrix) in zip(grid.flat, matrices.items(), strict=False):
         image = axes.imshow(torch.as_tensor(matrix).tolist(), vmin=0, vmax=1, cmap="viridis")
-        axes.set_title(title, fontsize=8)
+        axes.set_title(label(title), fontsize=8, parse_math=False)
         axes.set_xlabel("layer", fontsize=7)
         axes.set_ylabel("layer", fontsize=7)
         ticks = range(0, len(matrix), max(1, len(matrix) // 8))
@@ -41,5 +41,4 @@ def plot_similarity(matrices: Mapping[str, Tensor | Sequence[Sequence[float]]], 
         axes.set_yticks(ticks)
         axes.tick_params(labelsize=7)
     figure.colorbar(image, ax=grid, label="similarity |cos|", shrink=0.8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)

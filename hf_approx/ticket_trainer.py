@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
+from hf_approx.files import replacing
 from hf_approx.loops import Rounds, Ticket, TicketConfig
+from hf_approx.loops.states import begin_state, end_state
 from hf_approx.optim import CompositeOptimizer
 from hf_approx.trainer import ApproxTrainer, _Schedule
 from hf_approx.trainer_files import check_whole
@@ -195,11 +197,11 @@ class _TrainerRounds(Rounds):
         if not trainer._saves:
             return
         if trainer.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "complete").unlink(missing_ok=True)
+            begin_state(folder)
             state = {**self.state_dict(), "steps": self.steps, "model": self.plain.state_dict()}
-            torch.save(state, folder / STATE_FILE)
-            self._replace(folder)
+            with replacing(folder / STATE_FILE) as file:
+                torch.save(state, file)
+            end_state(folder, self._identity())
         trainer.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:

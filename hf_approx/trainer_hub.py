@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
 from hf_approx.cards import CARD_FILE, PICTURES, is_ours, write_card
+from hf_approx.files import write_text
 from hf_approx.hub import ARGUMENTS_FILE, license_of, push_folder
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.logs import get_logger
@@ -130,9 +131,6 @@ class HubMixin:
         trainer, args = cast(Trainer, self), cast(Trainer, self).args
         if not self._finalized:
             raise ValueError(f"{type(self).__name__}: push_to_hub pushes the finished model; train first.")
-        if not isinstance(trainer.model, PreTrainedModel):
-            # Adapters, say: `Trainer` pushes the folder as it is.
-            return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)  # type: ignore[misc]
         trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
@@ -150,6 +148,7 @@ class HubMixin:
             revision=revision or args.hub_revision,
             token=token or args.hub_token,
             message=commit_message or "End of training",
+            is_model=isinstance(trainer.model, PreTrainedModel),
         )
         return push() if blocking else cast(CommitInfo, HfApi().run_as_future(push))
 
@@ -188,7 +187,7 @@ class HubMixin:
             self._measured = {}
         self.approx_report["about"] = self._description()
         self.approx_report["evaluation"] = self._measured
-        (folder / REPORT_FILE).write_text(json.dumps(self.approx_report, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / REPORT_FILE, json.dumps(self.approx_report, indent=2) + "\n")
         plots = importlib.util.find_spec("matplotlib") is not None
         if plots and has_history(self.approx_report):
             plot_training(self.approx_report, folder / "training.png")
@@ -207,8 +206,7 @@ class HubMixin:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         arguments: Mapping[str, Any] = cast(Trainer, self).args.to_dict()
         public = {name: value for name, value in arguments.items() if not name.endswith("token")}
-        text = json.dumps(public, indent=2, default=str)
-        (folder / ARGUMENTS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / ARGUMENTS_FILE, json.dumps(public, indent=2, default=str) + "\n")
 
 
 def remove_report(folder: Path) -> None:

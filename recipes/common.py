@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from config_files import ConfigError, build, describe, did_you_mean, fits
 from hf_approx import AvaGradConfig, SharingConfig
+from hf_approx.files import write_text
 from hf_approx.methods import METHODS, MethodConfig
 from sources import check_data_path, resolve_model
 
@@ -379,4 +380,4 @@ def same_logits(folder: str | Path, auto: Any, model: torch.nn.Module, inputs: d
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(data, indent=2) + "\n")

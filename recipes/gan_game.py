@@ -1,7 +1,6 @@
 """The training of a GAN as a loop on accelerate: two networks, two optimizers, methods on either."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
+from hf_approx.loops.states import begin_state, end_state, saved_states
 from hf_approx.methods import Method
 from hf_approx.optim import CompositeOptimizer
 
@@ -247,21 +247,21 @@ class Game:
         if self.checkpoints is None:
             return
         folder = self.checkpoints / f"step-{self.step}"
+        if self.accelerator.is_main_process:
+            begin_state(folder)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            (folder / "complete").write_text(self._identity(), encoding="utf-8")
-            for other in self.checkpoints.glob("step-*"):
-                if other != folder:
-                    shutil.rmtree(other)
+            end_state(folder, self._identity())
         self.accelerator.wait_for_everyone()
 
     def _newest(self) -> Path | None:
         """The last state that was written to its end."""
         if self.checkpoints is None:
             return None
-        marks = self.checkpoints.glob("step-*/complete")
-        return max((m.parent for m in marks), key=lambda folder: int(folder.name.removeprefix("step-")), default=None)
+        states = saved_states(self.checkpoints, "step")
+        return states[-1] if states else None
 
     def _identity(self) -> str:
         """What a state must have in common with the training that goes on from it."""

@@ -19,10 +19,11 @@ from gan_game import generate
 from gan_networks import Generator
 from hf_approx import AvaGradConfig, attach_packing
 from hf_approx.cards import write_card
+from hf_approx.files import replacing
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.methods import Method
 from hf_approx.packing import Grid
-from hf_approx.plots import load_pyplot, plot_layers
+from hf_approx.plots import load_pyplot, plot_layers, save_figure
 from hf_approx.report import REPORT_FILE, describe_layers, labels
 
 GRID = 10
@@ -141,7 +142,8 @@ def write_samples(images: Tensor, path: Path) -> None:
     canvas = canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     array = canvas[0].numpy() if channels == 1 else canvas.permute(1, 2, 0).numpy()
-    Image.fromarray(array).save(path)
+    with replacing(path) as file:
+        Image.fromarray(array).save(file, "PNG")
 
 
 def write_pictures(results: dict[str, Any], images: Tensor, folder: Path) -> None:
@@ -159,5 +161,4 @@ def write_pictures(results: dict[str, Any], images: Tensor, folder: Path) -> Non
     axes.axhline(floor, color="black", linestyle=":", linewidth=1, label="training images")
     axes.set(xlabel="steps of the generator", ylabel="squared Fréchet distance", yscale="log")
     axes.legend(fontsize=8)
-    figure.savefig(folder / "curves.png", dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, folder / "curves.png")

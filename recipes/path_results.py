@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from hf_approx.plots import load_pyplot
+from hf_approx.plots import load_pyplot, save_figure
 from hf_approx.similarity_plots import plot_similarity
 
 BATCH = 256
@@ -144,8 +144,7 @@ def plot_curves(results: dict[str, dict[str, Any]], target: float, path: Path) -
     grid[0].axhline(target, color="black", linestyle=":", linewidth=1)
     grid[0].set_ylabel("F1 of cells")
     grid[0].legend(fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _spread(values: list[float]) -> str:

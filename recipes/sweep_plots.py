@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hf_approx.optim import SearchResult
-from hf_approx.plots import load_pyplot
+from hf_approx.plots import load_pyplot, save_figure
 
 
 def plot_planes(planes: Mapping[str, SearchResult], metric: str, path: str | Path) -> None:
@@ -48,5 +48,4 @@ def plot_planes(planes: Mapping[str, SearchResult], metric: str, path: str | Pat
     grid[0, 0].set_ylabel("learning rate")
     grid[0, 0].legend(loc="upper left", fontsize=8)
     figure.colorbar(image, ax=grid, label=f"held-out {metric}")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    save_figure(figure, path)

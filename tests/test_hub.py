@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import threading
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
 from helpers import ROOT, make_trainer
@@ -360,7 +362,7 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
         "neither a folder nor": ["inspect", "../nowhere/x"],
         "Repository Not Found ": ["decompress", "me/secret", tmp_path / "out"],
         "Invalid credentials  ": ["export", "me/public", tmp_path / "out", "--token", wrong],
-        "Entry Not Found": ["inspect", "me/public", "--token", TOKEN],
+        "has no config.json": ["inspect", "me/public", "--token", TOKEN],
     }
     for expected, (code, out, err) in zip(commands, cli(*commands.values()), strict=True):
         assert (code, out) == (1, ""), (expected, out, err)
@@ -449,3 +451,83 @@ def test_only_a_finished_model_is_pushed(tmp_path):
     with pytest.raises(ValueError, match="train first"):
         trainer.push_to_hub()
     assert list(tmp_path.iterdir()) == []
+
+
+EVIL = "\x1b]0;owned\x07[bold red]x[/]"
+
+
+def header(entry, size, name="a"):
+    data = json.dumps({name: entry}).encode()
+    return struct.pack("<Q", len(data)) + data + bytes(size)
+
+
+def test_a_repository_may_say_anything_of_itself(hub, cli):
+    good = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+    config = json.dumps({"model_type": "bert", "quantization_config": {"quant_method": EVIL}}).encode()
+    index = json.dumps({"weight_map": {"a": "../../x.safetensors"}}).encode()
+    repos = {
+        "good": {WEIGHTS: header(good, 24, EVIL)},
+        "dtype": {WEIGHTS: header({**good, "dtype": EVIL}, 24)},
+        "shape": {WEIGHTS: header({**good, "shape": [-2, -3]}, 24)},
+        "texts": {WEIGHTS: header({**good, "shape": [1 << 40, "x" * 99]}, 24)},
+        "large": {WEIGHTS: header({**good, "shape": [1 << 62, 1 << 62]}, 24)},
+        "short": {WEIGHTS: header(good, 20)},
+        "list": {WEIGHTS: header([], 0)},
+        "empty": {WEIGHTS: b""},
+        "nested": {WEIGHTS: struct.pack("<Q", 100_000) + b"[" * 100_000},
+        "index": {f"{WEIGHTS}.index.json": index},
+        "indexes": {f"{WEIGHTS}.index.json": b"[" * 100_000},
+        "pickle": {"pytorch_model.bin": b""},
+        "pipeline": {"model_index.json": b"{}"},
+    }
+    for name, contents_ in repos.items():
+        repo = hub.repos[f"me/{name}"] = Repo(f"me/{name}", False)
+        repo.add(
+            "main", name, {"config.json": Blob(config, False), **{n: Blob(d, True) for n, d in contents_.items()}}
+        )
+    good, as_json, *bad = cli(
+        ["inspect", "me/good"],
+        ["inspect", "me/good", "--json"],
+        *(["inspect", f"me/{name}"] for name in list(repos)[1:]),
+    )
+    assert good[0] == as_json[0] == 0, good
+    assert json.loads(as_json[1])["tensors"][0]["name"] == EVIL
+    assert "[bold red]x[/]" in good[1]
+    for code, out, err in bad:
+        assert (code, out) == (1, "")
+        assert err.startswith("error: ")
+        assert len(err.splitlines()) == 1
+    for _, out, err in (good, as_json, *bad):
+        assert all(line.isprintable() for line in (out + err).splitlines())
+
+
+def test_parts_travel_and_secrets_stay(hub, cli, folder, tmp_path):
+    secrets = ("credentials.json", "secrets.json", ".env.json", "token.json", "id_rsa.txt")
+    parts = {"1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}', "2_Dense/config.json": b"{}"}
+    shutil.copytree(folder, tmp_path / "model")
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"}
+    listed = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
+    parts["modules.json"] = json.dumps(listed).encode()
+    for name, data in {**parts, **dict.fromkeys(secrets, b"{}")}.items():
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(data)
+    save_file({"linear.weight": torch.ones(2, 2)}, tmp_path / "model" / "2_Dense" / WEIGHTS)
+    parts[f"2_Dense/{WEIGHTS}"] = (tmp_path / "model" / "2_Dense" / WEIGHTS).read_bytes()
+    key = tmp_path / "key"
+    key.write_text("secret")
+    shutil.copytree(tmp_path / "model", tmp_path / "linked")
+    (tmp_path / "linked" / "vocab.txt").symlink_to(key)
+    pushed, linked, read = cli(
+        ["push", tmp_path / "model", "me/parts"],
+        ["push", tmp_path / "linked", "me/linked"],
+        ["decompress", "me/parts", tmp_path / "plain"],
+        token=TOKEN,
+    )
+    assert pushed[0] == read[0] == 0, (pushed, read)
+    there = files(hub, "me/parts")
+    assert set(there) == {".gitattributes", "README.md", "config.json", WEIGHTS, LOADER_FILE, *parts}
+    assert pushed[1].splitlines()[-1] == "Left out: credentials.json, id_rsa.txt, secrets.json, token.json."
+    assert {name: (tmp_path / "plain" / name).read_bytes() for name in parts} == parts
+    assert linked[0] == 1
+    assert "vocab.txt' is a link to another place" in linked[2]
+    assert "me/linked" not in hub.repos

@@ -5,7 +5,8 @@ from pathlib import Path
 from hf_approx.exports.compressed import GROUP_SIZES, export_compressed
 from hf_approx.exports.dense import export_dense
 from hf_approx.exports.folders import Export, check_output, load_model, write_model
-from hf_approx.inspection import find_checkpoint, read_packing
+from hf_approx.inspection import read_packing
+from hf_approx.model_folder import find_checkpoint
 
 __all__ = ["FORMATS", "GROUP_SIZES", "Export", "check_output", "export_model", "load_model", "write_model"]
 

@@ -13,12 +13,18 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_approx.cards import one_line
+from hf_approx.cards import CARD_FILE, PICTURES
 from hf_approx.checkpoint import QUANT_METHOD
-from hf_approx.inspection import companions, inspect_checkpoint
+from hf_approx.files import write_bytes, write_text
+from hf_approx.inspection import inspect_checkpoint
+from hf_approx.json_files import read_json
+from hf_approx.links import own_file
 from hf_approx.logs import get_logger
+from hf_approx.model_folder import model_files
 from hf_approx.packing import dtype_from_name
+from hf_approx.remote_code import without_code, without_questions
 from hf_approx.report import REPORT_FILE
+from hf_approx.text import listed, one_line
 
 logger = get_logger(__name__)
 
@@ -59,16 +65,20 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
 
     Raises:
         ValueError: Its config is damaged or names no class that transformers has, another library quantized it, or
-            the folder holds another model or less than a whole one, or there is no such dtype.
+            the folder holds another model or less than a whole one, or there is no such dtype; or it needs code of its
+            own, which is never run.
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype_from_name(dtype)}
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = without_questions(transformers.AutoConfig.from_pretrained, folder)
     except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from None
+        raise ValueError(f"{folder / 'config.json'} is damaged: {one_line(str(error))}") from None
+    for name in model_files(folder).others:
+        without_code(folder / name)
     other = getattr(config, "quantization_config", None)
     if isinstance(other, dict) and other.get("quant_method") != QUANT_METHOD:
-        raise ValueError(f"'{folder}' is quantized already, by {other.get('quant_method')}: start from a dense model.")
+        method = one_line(str(other.get("quant_method")))
+        raise ValueError(f"'{folder}' is quantized already, by {method}: start from a dense model.")
     names = config.architectures or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -77,20 +87,20 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     # What transformers raises for other shapes does not say which they are; its report does.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = cls.from_pretrained(folder, **options)  # type: ignore[union-attr]
+        model, report = cls.from_pretrained(folder, trust_remote_code=False, **options)  # type: ignore[union-attr]
     except RuntimeError as error:
-        raise ValueError(f"'{folder}' does not hold a {name}: {error}") from None
+        raise ValueError(f"'{folder}' does not hold a {name}: {one_line(str(error))}") from None
     shapes = sorted(report["mismatched_keys"])
     wrong = [f"'{key}' has shape {list(there)} instead of {list(wanted)}" for key, there, wanted in shapes]
     wrong += [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
     if wrong:
-        raise ValueError(f"'{folder}' does not hold a complete {name}: {wrong[0]}.")
+        raise ValueError(f"'{folder}' does not hold a complete {name}: {one_line(wrong[0])}.")
     unused = sorted(report["unexpected_keys"])
     # Heads of another training and buffers of another release are none of this model's; layers are, and a head may be
     # where the class is only a guess.
     lost = [key for key in unused if not config.architectures or _of_stack(key, model)]
     if lost:
-        raise ValueError(f"'{folder}' does not hold a {name}: the class has no '{lost[0]}'.")
+        raise ValueError(f"'{folder}' does not hold a {name}: the class has no '{one_line(lost[0])}'.")
     if unused:
         more = f" and {len(unused) - 1} more" if unused[1:] else ""
         logger.warning("%s has no '%s'%s: left out.", name, one_line(unused[0]), more)
@@ -108,12 +118,14 @@ def _of_stack(key: str, model: PreTrainedModel) -> bool:
 def exported_report(source: Path) -> dict[str, Any]:
     """What the report of a packed model says of its methods and results, but not of its files; empty without one."""
     try:
-        report = json.loads((source / REPORT_FILE).read_text(encoding="utf-8"))
+        report = read_json(source / REPORT_FILE) if own_file(source, REPORT_FILE) else {}
         about = dict(report.get("about", {}))
-    except (FileNotFoundError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError):
+        return {}
+    if not report:
         return {}
     about = {name: value for name, value in about.items() if name not in ("model_name", "repo_id")}
-    kept = {name: report[name] for name in ("methods", "optimizer", "evaluation") if name in report}
+    kept: dict[str, Any] = {name: report[name] for name in ("methods", "optimizer", "evaluation") if name in report}
     return {**kept, "about": {**about, "exported": True}}
 
 
@@ -125,7 +137,7 @@ def write_model(
     report: Mapping[str, Any] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Save beside `output` and move it there whole; tokenizer and processor files come along.
+    """Save beside `output` and move it there whole; what belongs to the model in `source` comes along.
 
     Args:
         model: What to save.
@@ -143,14 +155,9 @@ def write_model(
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         partial = Path(scratch) / "model"
         model.save_pretrained(partial, state_dict=state)
-        # The report says what was measured of other files.
-        skipped = ("config.json", "generation_config.json", REPORT_FILE)
-        for path in companions(source):
-            if path.name not in skipped:
-                (partial / path).parent.mkdir(exist_ok=True)
-                shutil.copy(source / path, partial / path)
+        _bring_companions(source, partial)
         if report:
-            (partial / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_text(partial / REPORT_FILE, json.dumps(report, indent=2) + "\n")
         if finish is not None:
             finish(partial)
         written = inspect_checkpoint(partial).bytes
@@ -158,3 +165,18 @@ def write_model(
             output.rmdir()
         partial.rename(output)
     return written
+
+
+def _bring_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model beside its weights and configs, and say what is left out."""
+    # What describes other files is made anew.
+    ours = (CARD_FILE, REPORT_FILE, *PICTURES)
+    found = model_files(source, ours)
+    for name in sorted({*found.others} - {*ours, "config.json", "generation_config.json"}):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    for path in folder.rglob("*.json"):
+        if (plain := without_code(path)) is not None:
+            write_bytes(path, plain)
+    if found.left_out:
+        logger.warning("Left out of what was written, because it is no part of a model: %s.", listed(found.left_out))

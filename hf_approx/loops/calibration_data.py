@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from hf_approx.remote_code import without_questions
+
 READERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """What `datasets` calls the kind of a file, by its ending."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -166,7 +168,7 @@ def _tokenizing(model: PreTrainedModel, folder: Path, max_length: int) -> Callab
     # Without any file transformers makes up a tokenizer that knows no word.
     if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
         raise ValueError(f"'{folder}' has no tokenizer; save it there with tokenizer.save_pretrained.")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = without_questions(AutoTokenizer.from_pretrained, folder)
     if tokenizer.pad_token is None:
         # Padding is masked and not compared, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -224,7 +226,7 @@ def _answered(
 
 def _processing(model: PreTrainedModel, folder: Path) -> Callable[[list[Path]], Any]:
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = without_questions(AutoImageProcessor.from_pretrained, folder)
     except (OSError, ValueError, KeyError):
         raise ValueError(f"'{folder}' has no image processor; save it there with its save_pretrained.") from None
     from PIL import Image, UnidentifiedImageError

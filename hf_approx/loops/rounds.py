@@ -5,7 +5,6 @@ or by iterative magnitude pruning (Frankle et al., 2020), which rewinds after ea
 """
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_approx.loops.states import MARK, saved_states
 from hf_approx.methods import Method, MethodConfig, SparsificationConfig
 
 
@@ -227,20 +227,13 @@ class Rounds(ABC):
         Raises:
             ValueError: It is the state of another search.
         """
-        states = _saved(folder)
-        if states and (states[-1] / "complete").read_text(encoding="utf-8") != self._identity():
+        states = saved_states(folder, "round")
+        if states and (states[-1] / MARK).read_text(encoding="utf-8") != self._identity():
             raise ValueError(
                 f"{folder} holds a search with another config or other modules; give this one a folder of its own, or "
                 "go on with the config it was started with."
             )
         return states[-1] if states else None
-
-    def _replace(self, folder: Path) -> None:
-        """Mark a state as complete, and delete those beside it."""
-        (folder / "complete").write_text(self._identity(), encoding="utf-8")
-        for state in _saved(folder.parent):
-            if state != folder:
-                shutil.rmtree(state)
 
     def _identity(self) -> str:
         """What a state must have in common with the search that goes on from it."""
@@ -264,9 +257,3 @@ class Rounds(ABC):
         self.method.load_state_dict(state["method"])
         if self.mask_optimizer is not None:
             self.mask_optimizer.load_state_dict(state["mask_optimizer"])
-
-
-def _saved(folder: Path) -> list[Path]:
-    """The states that were written to their end, oldest first."""
-    marks = folder.glob("round-*/complete")
-    return sorted((mark.parent for mark in marks), key=lambda state: int(state.name.removeprefix("round-")))

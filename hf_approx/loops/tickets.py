@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from hf_approx.loops.rounds import Rounds, Ticket, TicketConfig
+from hf_approx.loops.states import begin_state, end_state
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Optimizers = Callable[[Iterable[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
@@ -130,10 +131,13 @@ class TicketSearch(Rounds):
         if self.checkpoint is None:
             return
         folder = self.checkpoint / f"round-{self.round}"
+        if self.accelerator.is_main_process:
+            begin_state(folder)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._replace(folder)
+            end_state(folder, self._identity())
         self.accelerator.wait_for_everyone()
 
 

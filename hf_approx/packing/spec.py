@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_approx.text import one_line
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 MAX_NUMEL = 1 << 40
@@ -19,7 +21,13 @@ MAX_NUMEL = 1 << 40
 
 
 class PackedFormatError(ValueError):
-    """A packed checkpoint is truncated, corrupt, or written by something else."""
+    """A packed checkpoint is truncated, corrupt, or written by something else.
+
+    Names that come from the files may be in the message: it is one line, without codes for a terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

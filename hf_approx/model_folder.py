@@ -1,0 +1,277 @@
+"""Which files of a folder belong to the model in it; and finding that folder, here or on the Hub."""
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from hf_approx.json_files import read_json
+from hf_approx.links import own_file
+from hf_approx.packing import PackedFormatError
+from hf_approx.sentence_parts import APART, PARTS_FILE, part_files, part_folders
+from hf_approx.text import one_line
+
+CONFIG, INDEX, WEIGHTS = constants.CONFIG_NAME, constants.SAFETENSORS_INDEX_FILE, constants.SAFETENSORS_SINGLE_FILE
+DECODER = "language_model/attrs.json"
+"""The language model that some models of speech decode with."""
+PIPELINE = "model_index.json"
+"""Lists the parts of a pipeline of diffusers."""
+
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "merges.txt",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "special_tokens_map.json",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "target.spm",
+    "target_vocab.json",
+    "tekken.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "vocab.json",
+    "vocab.txt",
+    "word_pronunciation.json",
+    "word_shape.json",
+)
+"""What the tokenizers of transformers save, and have saved."""
+PART_FILES = (
+    CONFIG,
+    "cnn_config.json",
+    "idf.json",
+    "lstm_config.json",
+    "phrasetokenizer_config.json",
+    "router_config.json",
+    "sentence_albert_config.json",
+    "sentence_bert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+    "whitespacetokenizer_config.json",
+    "wordembedding_config.json",
+)
+"""What parts of a model of sentence-transformers save, beside weights and tokenizers."""
+FILES = (
+    *TOKENIZER_FILES,
+    *PART_FILES,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "NOTICE.md",
+    "NOTICE.txt",
+    "audio_tokenizer_config.json",
+    "config_sentence_transformers.json",
+    "generation_config.json",
+    PARTS_FILE,
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+INNER_FILES = (*TOKENIZER_FILES, *PART_FILES, WEIGHTS, INDEX, "LICENSE", "generation_config.json")
+"""What is looked for in the folder of a part."""
+VERSIONED = re.compile(r"(config|tokenizer)(\.\d+)+\.json|tokenizer\.model\.v\d+(m\d+)?")
+"""The same for some versions of transformers, or of Mistral's tokenizers, only."""
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT saves of an adapter, the first one in the folder itself and others in folders of their names."""
+TEMPLATES = "additional_chat_templates"
+"""The folder with chat templates other than the first."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What is in a folder.
+
+    Attributes:
+        weights: Names of the weight files, and of their index if there is one.
+        others: Paths of what belongs to the model beside them, relative to the folder.
+        left_out: What else is there that is not hidden, folders with a slash at their end.
+    """
+
+    weights: tuple[str, ...]
+    others: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def find_checkpoint(
+    path_or_repo: str, everything: bool = False, revision: str | None = None, token: str | None = None
+) -> Path:
+    """A folder, or the local copy of a Hub repository.
+
+    Args:
+        path_or_repo: Path or repository id.
+        everything: Download all that belongs to the model, not only config and weights; and refuse a folder that has
+            such files elsewhere, see `model_files`.
+        revision: Branch, tag or commit of the repository; default `main`.
+        token: Default: that of `HF_TOKEN` or `hf auth login`.
+
+    Raises:
+        FileNotFoundError: It is neither, may not be read, or holds no `config.json`.
+        ValueError: A revision of a folder is asked for, or as of `model_files`.
+    """
+    folder = Path(path_or_repo)
+    if folder.is_dir() and revision is not None:
+        raise ValueError(f"'{path_or_repo}' is a folder: only repositories have revisions.")
+    if not folder.is_dir():
+        files = [CONFIG, INDEX, "*.safetensors", PARTS_FILE, PIPELINE]
+        if everything:
+            files += [*FILES, "tokenizer.*.json", "tokenizer.model.v*", f"{TEMPLATES}/*.jinja", DECODER]
+            files += [f"*tokenizer*/{name}" for name in TOKENIZER_FILES]
+        folder = _download(path_or_repo, files, ["*/*.safetensors", "*/*/*"], revision, token)
+        if parts := part_folders(folder) if everything else {}:
+            # Which these are is known only now; the name of the folder is that of the commit.
+            files = [f"{part}/{inner}{name}" for part in parts for inner in ("", "*/") for name in INNER_FILES]
+            folder = _download(path_or_repo, files, [], folder.name, token)
+    check_kind(path_or_repo, {path.name for path in folder.iterdir()})
+    if everything:
+        model_files(folder)
+    return folder
+
+
+def check_kind(source: str, names: Collection[str]) -> None:
+    """Raise `FileNotFoundError` unless there is a model of transformers among these files of a folder's top."""
+    if PIPELINE in names:
+        raise FileNotFoundError(
+            f"'{source}' is a pipeline of diffusers: give one of its folders that holds a model of transformers, as "
+            "'text_encoder' does in most."
+        )
+    if CONFIG not in names:
+        if PARTS_FILE in names:
+            raise FileNotFoundError(f"'{source}' is a model of sentence-transformers: {APART}")
+        raise FileNotFoundError(f"'{source}' has no {CONFIG}: it is not a saved model.")
+
+
+def model_files(folder: Path, also: Collection[str] = ()) -> ModelFiles:
+    """The files that belong to the model in a folder: those with names that transformers gives to files of models.
+
+    Endings do not decide, because tokens and keys of their owner end as vocabularies do. Files of the same names in
+    folders belong to it if the folder is a part that sentence-transformers has listed, a second tokenizer of a
+    processor, or that of chat templates; copies of a model for other engines do not.
+
+    Args:
+        folder: A saved model.
+        also: Names of other files at its top that belong to it.
+
+    Raises:
+        ValueError: One is a link to another place or no file; or a part of the model cannot come along: it needs code
+            of its own, is pickled, or is missing.
+        PackedFormatError: What lists the parts or the weight files is damaged.
+        FileNotFoundError: A weight file is missing.
+    """
+    adapters = not own_file(folder, CONFIG) and own_file(folder, ADAPTERS[0])
+    weights = set(ADAPTERS) if adapters else {path.name for path in weight_files(folder)} | {INDEX}
+    weights = {name for name in weights if own_file(folder, name)}
+    if own_file(folder, DECODER):
+        raise ValueError(
+            f"'{folder}' decodes with a language model of another kind, in 'language_model', which does not come "
+            "along: move it away, and back into the folder that is written."
+        )
+    parts = part_folders(folder)
+    names = {name for name in {*FILES, *also} if own_file(folder, name)}
+    left_out = []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = entry.name
+        if name in names | weights or name.startswith("."):
+            continue
+        if VERSIONED.fullmatch(name) and own_file(folder, name):
+            names.add(name)
+        elif any(part.split("/")[0] == name for part in parts):
+            continue
+        elif not entry.is_dir(follow_symlinks=False):
+            if name == TEMPLATES:
+                own_file(folder, name)
+            left_out.append(name)
+        elif inner := _templates(folder, name) or _tokenizer(folder, name) or (adapters and _adapter(folder, name)):
+            names.update(inner)
+        else:
+            left_out.append(f"{name}/")
+    for part, kind in parts.items():
+        inner, unknown = part_files(folder, part, kind, frozenset(INNER_FILES))
+        names.update(inner)
+        left_out += unknown
+    return ModelFiles(tuple(sorted(weights)), tuple(sorted(names)), tuple(left_out))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files transformers would read: other safetensors files in the folder are none of the model's.
+
+    Raises:
+        PackedFormatError: Their index is damaged.
+        FileNotFoundError: One is missing.
+    """
+    index = folder / INDEX
+    names = shard_names(read_json(index), str(index)) if index.is_file() else [WEIGHTS]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"'{folder}' has no file '{one_line(name)}'.")
+    return [folder / name for name in names]
+
+
+def shard_names(index: dict[str, Any], what: str) -> list[str]:
+    """Names of the weight files that an index lists, in order.
+
+    Raises:
+        PackedFormatError: It is damaged, or names files that are elsewhere.
+    """
+    weights = index.get("weight_map")
+    names = list(weights.values()) if isinstance(weights, dict) else []
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
+        raise PackedFormatError(f"{what} is damaged.")
+    return sorted(set(names))
+
+
+def _download(repo_id: str, patterns: list[str], ignored: list[str], revision: str | None, token: str | None) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
+            )
+        )
+    except HFValidationError:
+        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(one_line(str(error))) from None
+    except (HTTPError, OSError):
+        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor a repository that can be reached.") from None
+
+
+def _templates(folder: Path, name: str) -> list[str]:
+    """Other chat templates, if that is what the folder of this name has."""
+    found = [f"{name}/{path.name}" for path in (folder / name).glob("[!.]*.jinja")] if name == TEMPLATES else []
+    return [path for path in found if own_file(folder, path)]
+
+
+def _tokenizer(folder: Path, name: str) -> list[str]:
+    """The tokenizer in a folder in which processors with more than one save it, if it is such a folder."""
+    if "tokenizer" not in name or not own_file(folder, f"{name}/tokenizer_config.json"):
+        return []
+    return [f"{name}/{file}" for file in TOKENIZER_FILES if own_file(folder, f"{name}/{file}")]
+
+
+def _adapter(folder: Path, name: str) -> list[str]:
+    """Another adapter in a folder, which is no checkpoint of a training."""
+    found = [f"{name}/{file}" for file in ADAPTERS if own_file(folder, f"{name}/{file}")]
+    return found if len(found) == len(ADAPTERS) and not name.startswith("checkpoint-") else []
