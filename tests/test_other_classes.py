@@ -48,6 +48,12 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def clip():
+    text = {**VISION, "vocab_size": VOCAB, "max_position_embeddings": 32, "projection_dim": 8}
+    vision = {**IMAGES, "projection_dim": 8}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
 def bart():
     sizes = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
     sizes |= {f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")}

@@ -6,12 +6,13 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
+from hf_approx.checkpoint.claims import forget, holds_plain, whole_section
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.places import Names, Placing, places
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
@@ -66,6 +67,7 @@ class ApproxQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.grids = dict(grids or {})
         self._dtypes: dict[str, torch.dtype] = {}
+        self._is_plain = False
         self._places: dict[str, str] = {}
         self._rows: dict[str, Tensor | None] = {}
 
@@ -85,6 +87,14 @@ class ApproxQuantizer(HfQuantizer):
                 "train with ApproxTrainer, or use `hf-approx compress`."
             )
 
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The config without what keeps processes that have not imported hf_approx from reading the file."""
+        forget(config)
+        return config
+
+    update_tp_plan = update_attn_implementation
+    """What transformers 5.17 calls in its place."""
+
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes a weight takes in the loaded model, so `device_map="auto"` plans for what stays packed as it is."""
         spec = self.quantization_config.tensors.get(param_name)
@@ -93,15 +103,26 @@ class ApproxQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """Those of a packed file: every tensor to its place, every packed one decoded."""
+        if self._is_plain:
+            return weight_conversions
         return [Placing(self._places), Unpacking(self.quantization_config.tensors, self._decode)]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Check config and files against the model, and find the place of every tensor in it."""
-        config = self.quantization_config
-        _check_files(checkpoint_files or [], config)
+        files = checkpoint_files or []
+        self.quantization_config = config = whole_section(self.quantization_config, files)
         names = Names(model)
+        self._is_plain = holds_plain(config, files, model, names)
+        if self._is_plain:
+            logger.warning(
+                "%s: config.json says that weights are packed, but they are not: they are loaded as they are, and the "
+                "model is an ordinary one.",
+                files[0],
+            )
+            return
+        _check_files(files, config)
         if config.structure is not None:
             try:
                 config.structure = own_description(model, config.structure, names.find)
@@ -110,7 +131,7 @@ class ApproxQuantizer(HfQuantizer):
                 raise PackedFormatError(str(error)) from None
         install_activations(model, config.activations, names)
         install_banks(model, config.tensors, names)
-        self._places = places(checkpoint_files or [], config.tensors, model, names)
+        self._places = places(files, config.tensors, model, names)
         config.tensors = {self._places[n]: spec for n, spec in config.tensors.items() if n in self._places}
         params = dict(model.named_parameters(remove_duplicate=False))
         plan = model._get_dtype_plan(kwargs.get("dtype") or model.dtype)
@@ -143,6 +164,9 @@ class ApproxQuantizer(HfQuantizer):
             raise _damaged(name, error) from None
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self._is_plain:
+            self.remove_quantization_config(model)
+            return model
         for name, spec in self.quantization_config.tensors.items():
             if name not in self._rows or model.get_parameter(name).device.type == "meta":
                 raise ValueError(NO_OFFLOAD)
