@@ -22,6 +22,7 @@ from hf_approx.links import own_file
 from hf_approx.model_folder import weight_files
 from hf_approx.packing import SharedSpec, SparseSpec
 from hf_approx.report import REPORT_FILE, kind_of
+from hf_approx.sentence_parts import PARTS_FILE
 from hf_approx.text import one_line
 
 CARD_FILE = "README.md"
@@ -97,6 +98,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
             "totals": [f"{report['totals'][f'{name}_bytes']:,}" for name in ("dense", "packed") if "totals" in report],
             "packed": packing is not None,
             "format": inspection.format,
+            "sentences": own_file(folder, PARTS_FILE),
             "stored": _stored(packing, inspection),
             "sparsity": f"{inspection.sparsity:.2%}",
             "bits": f"{inspection.bits:.2f}",

@@ -213,7 +213,9 @@ def _model(folder: Path, repo_id: str) -> tuple[dict[str, str | bytes], tuple[st
     files, left_out = _files(folder)
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()
-    return (files if packing is None else {**files, **loader_files(folder)}), left_out
+    if packing is not None:
+        files.update(loader_files(folder))
+    return files, tuple(name for name in left_out if name not in files)
 
 
 def _files(folder: Path) -> tuple[dict[str, str | bytes], tuple[str, ...]]:

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
-from hf_approx.loops.states import begin_state, end_state, saved_states
+from hf_approx.loops.states import MARK, begin_state, end_state, saved_states
 from hf_approx.methods import Method
 from hf_approx.optim import CompositeOptimizer
 
@@ -160,7 +160,7 @@ class Game:
         self.losses: dict[str, Tensor] = {}
         self.accelerator.register_for_checkpointing(self)
         if resume and (state := self._newest()) is not None:
-            if (state / "complete").read_text(encoding="utf-8") != self._identity():
+            if (state / MARK).read_text(encoding="utf-8") != self._identity():
                 raise ConfigError(f"--resume: {state} is of another config; resume with the one it was started with.")
             self.accelerator.load_state(str(state))
 

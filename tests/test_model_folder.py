@@ -116,8 +116,12 @@ def test_parts_come_along_through_every_command(parts, tmp_path, capsys):
         assert {name: (command[2] / name).read_bytes() for name in ALONG} == names
         assert (command[2] / "vocab.txt").is_file()
     assert set(_model(tmp_path / "packed", "me/x")[0]) >= ALONG
-    with pytest.raises(SystemExit):
-        main(["card", str(tmp_path / "packed")])
+    for name, then in (("packed", ", after"), ("plain", ".\n")):
+        with pytest.raises(SystemExit):
+            main(["card", str(tmp_path / name)])
+        assert (
+            f'SentenceTransformer("PATH_OR_REPO")` loads it too{then}' in (tmp_path / name / "README.md").read_text()
+        )
     capsys.readouterr()
     (parts / POOLING).unlink()
     assert "1_Pooling', a part of the model, is missing" in refusal(capsys, "compress", parts, tmp_path / "no")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_approx.checkpoint import ApproxConfig, ApproxQuantizer
 from hf_approx.exports.folders import Export, exported_report, write_model
 from hf_approx.packing import Grid, QuantizedSpec, SharedSpec, TensorSpec, dtype_name, expand
+from hf_approx.text import one_line
 
 WIDTHS = (4, 8)
 """Bits of an integer. Others exist, but few engines have kernels for them and their layout has changed."""
@@ -179,7 +180,7 @@ def _load(cls: type[PreTrainedModel], folder: Path) -> None:
     try:
         _, report = cls.from_pretrained(folder, **options)  # type: ignore[misc]
     except Exception as error:  # of the initialization that each class has for weights it misses
-        cause = f"{type(error).__name__}: {error}"
+        cause = f"{type(error).__name__}: {one_line(str(error))}"
     else:
         missing = sorted(report["missing_keys"] | report["unexpected_keys"])
         if not missing:
