@@ -25,7 +25,8 @@ from hf_approx.methods import Method, MethodConfig
 from hf_approx.methods.base import method_configs
 from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
-from hf_approx.optim.config import check_config
+from hf_approx.optim.composite import stepping_problem
+from hf_approx.optim.config import check_arguments, check_config
 from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
@@ -98,6 +99,11 @@ class ApproxTrainerMixin(CheckpointMixin):
                 f"{type(self).__name__}: methods compress whole models: compress in a run without peft_config, and "
                 "train adapters of the result in another."
             )
+        if optimizer is not None and any([*(kwargs.get("optimizers") or ()), kwargs.get("optimizer_cls_and_kwargs")]):
+            raise ValueError(
+                f"{type(self).__name__}: optimizer=AvaGradConfig(...) is the optimizer; leave out optimizers and "
+                "optimizer_cls_and_kwargs, or pass optimizer=None."
+            )
         quantizer = getattr(kwargs.get("model", args[0] if args else None), "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer) and not quantizer.is_trainable:
             raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
@@ -117,12 +123,8 @@ class ApproxTrainerMixin(CheckpointMixin):
             kwargs["optimizer_cls_and_kwargs"] = (AvaGrad, optimizer.kwargs())
         super().__init__(*args, **kwargs)
         trainer = cast(Trainer, self)
-        if optimizer is not None and trainer.args.learning_rate != type(trainer.args).learning_rate:
-            logger.warning(
-                "AvaGrad trains with the lr of its own config, %g, and not with learning_rate=%g.",
-                optimizer.lr,
-                trainer.args.learning_rate,
-            )
+        if optimizer is not None:
+            check_arguments(trainer.args, optimizer, type(self).__name__)
         self._refuse_unsupported()
         attached: list[Method] = []
         try:
@@ -177,6 +179,9 @@ class ApproxTrainerMixin(CheckpointMixin):
                     f"{name}: {cutting[0]} changes which weights there are, and those of this model are quantized; "
                     "call model.dequantize() first, and quantize again afterwards."
                 )
+        problem = stepping_problem(trainer.args.optim, trainer.optimizer) if self.methods else None
+        if problem is not None:
+            raise ValueError(f"{name}: {problem}")
         fsdp = getattr(trainer.accelerator.state, "fsdp_plugin", None)
         flat = fsdp is not None and getattr(fsdp, "fsdp_version", 1) == 1
         if self._avagrad is not None and (trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and flat)):
@@ -313,6 +318,10 @@ class ApproxTrainerMixin(CheckpointMixin):
         On a sharded model all processes must call it.
         """
         trainer = cast(Trainer, self)
+        # Schedule-free optimizers train other weights than those that are to be kept.
+        evaluate = getattr(trainer.optimizer, "eval", None)
+        if callable(evaluate):
+            evaluate()
         if not self._finalized and not all(method.is_final or method.after_training for method in self.methods):
             logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
             for method in self.methods:

@@ -28,6 +28,10 @@ def test_the_learning_rate_of_the_arguments_is_not_avagrads(tmp_path, said):
     make_trainer("bert", tmp_path, optimizer=optimizer, learning_rate=5e-5)
     make_trainer("bert", tmp_path, learning_rate=7e-5)
     assert said() == []
+    make_trainer("bert", tmp_path, optimizer=optimizer, learning_rate=5e-5, weight_decay=0.1, adam_beta1=0.8)
+    assert said() == [
+        "AvaGrad trains with the settings of its own config, and not with weight_decay=0.1, adam_beta1=0.8."
+    ]
 
 
 def test_a_model_that_is_saved_before_its_training_ends(tmp_path, said):

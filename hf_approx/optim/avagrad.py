@@ -26,7 +26,8 @@ class AvaGrad(Optimizer):
     Args:
         params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
             `weight_decay`, `maximize`.
-        lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's.
+        lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's. A tensor of one
+            element is used where it is, at every step; the other options are read once if they are tensors.
         betas: Decay of the running mean of the gradient and of its square.
         eps: Adaptability, added to the root of the second moment; in the units of a gradient.
         weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
@@ -37,17 +38,20 @@ class AvaGrad(Optimizer):
         gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
             decay and no-decay groups changes nothing. `"group"`: one per group.
         maximize: Ascend.
-        foreach: Use the multi-tensor implementation. Default: yes for ordinary tensors.
+        foreach: Use the multi-tensor implementation; None: yes.
+
+    Each optimizer sees the gradients of all weights it normalises: one that is given a share of the parameters by
+    `ZeroRedundancyOptimizer` normalises that share alone.
 
     Raises:
-        ValueError: A hyper-parameter is NaN, infinite or out of range.
-        RuntimeError: A gradient is sparse.
+        ValueError: A hyper-parameter is NaN, infinite or out of range, or differs between groups and must not.
+        RuntimeError: A gradient is sparse, or a CUDA graph is being captured: steps are counted on the host.
     """
 
     def __init__(
         self,
         params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
-        lr: float = 0.1,
+        lr: float | torch.Tensor = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 0.1,
         weight_decay: float = 0.0,
@@ -56,13 +60,13 @@ class AvaGrad(Optimizer):
         variant: Variant = "exact",
         gamma_scope: GammaScope | None = None,
         maximize: bool = False,
-        foreach: bool = True,
+        foreach: bool | None = True,
     ) -> None:
         defaults = {
             "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
+            "betas": _number(betas),
+            "eps": _number(eps),
+            "weight_decay": _number(weight_decay),
             "decoupled_weight_decay": decoupled_weight_decay,
             "maximize": maximize,
             "variant": variant,
@@ -71,12 +75,31 @@ class AvaGrad(Optimizer):
             "gamma": None,
         }
         super().__init__(params, defaults)
+        if isinstance(lr, torch.Tensor):
+            # Schedulers change the groups' tensor in place, and some scale by the rate of the beginning.
+            self.defaults["lr"] = lr.clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after checking its hyper-parameters."""
-        merged = {**self.defaults, **param_group}
+        given = {"betas", "eps", "weight_decay"} & param_group.keys()
+        merged = {**self.defaults, **param_group, **{name: _number(param_group[name]) for name in given}}
         check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        for option in ("variant", "gamma_scope"):
+            if merged[option] != self.defaults[option]:
+                raise ValueError(
+                    f"AvaGrad: {option} is one for all groups, {self.defaults[option]!r} here, got {merged[option]!r}."
+                )
+        for option in ("capturable", "differentiable", "fused"):
+            if merged.get(option):
+                raise ValueError(f"AvaGrad: there is no {option} implementation; leave out {option}={merged[option]}.")
+        param_group.update({name: merged[name] for name in given})
         super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the moments of half-precision parameters stay float32, as they were saved.
@@ -84,24 +107,44 @@ class AvaGrad(Optimizer):
         Raises:
             ValueError: The state was saved by another variant.
         """
-        variants = {group.get("variant") for group in state_dict["param_groups"]}
-        if variants != {self.defaults["variant"]}:
-            raise ValueError(
-                f"AvaGrad: the state was saved with variant {', '.join(map(repr, variants))}, this optimizer has "
-                f"{self.defaults['variant']!r}."
-            )
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if saved_id in state_dict["state"]:
-                    moment = state_dict["state"][saved_id][name]
-                    self.state[param][name] = moment.detach().to(param.device, copy=True)
+        seen: dict[str, Any] = {}
+
+        def check(optimizer: Optimizer, loaded: dict[str, Any]) -> None:
+            variants = {group.get("variant") for group in loaded["param_groups"]}
+            if variants != {self.defaults["variant"]}:
+                raise ValueError(
+                    f"AvaGrad: the state was saved with variant {', '.join(map(repr, variants))}, this optimizer has "
+                    f"{self.defaults['variant']!r}."
+                )
+            seen.update(loaded)
+
+        def restore(optimizer: Optimizer) -> None:
+            # The base class has cast them to the dtype of their parameter.
+            saved_ids = [i for group in seen["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for saved_id, param in zip(saved_ids, params, strict=True):
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if saved_id in seen["state"]:
+                        moment = seen["state"][saved_id][name]
+                        self.state[param][name] = moment.detach().to(param.device, copy=True)
+
+        # Hooks of others may change what is loaded, and are told when it is there.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step; returns the closure's loss, if one was given."""
+        on_cuda = any(param.is_cuda for group in self.param_groups for param in group["params"][:1])
+        if on_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("AvaGrad: step() counts on the host, which no CUDA graph repeats; call it outside.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,6 +164,7 @@ class AvaGrad(Optimizer):
                 "AvaGrad: a gradient is sparse; build the embedding with sparse=False, "
                 "or give those parameters to torch.optim.SparseAdam."
             )
+        foreach = group["foreach"] is None or group["foreach"]
         done: list[Batch] = []
         open_batches: dict[tuple[Any, ...], Batch] = {}
         for index, param in enumerate(group["params"]):
@@ -135,9 +179,11 @@ class AvaGrad(Optimizer):
             state["step"] += 1
             # Ordinary tensors share batches; anything else (a DTensor, say) has batches of its own mesh.
             kind = (type(param.data), getattr(param, "device_mesh", None), param.device, param.dtype)
-            key: tuple[Any, ...] = (*kind, state["step"]) if self.defaults["foreach"] else (index,)
-            whole = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-            for piece in pieces(whole) if self.defaults["foreach"] else [whole]:
+            key: tuple[Any, ...] = (*kind, state["step"]) if foreach else (index,)
+            whole: tuple[torch.Tensor, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+            if param.is_complex():
+                whole = tuple(torch.view_as_real(tensor) for tensor in whole)
+            for piece in pieces(whole) if foreach else [whole]:
                 batch = open_batches.setdefault(key, Batch(group, state["step"]))
                 batch.append(*piece)
                 if batch.is_full:
@@ -170,7 +216,8 @@ class AvaGrad(Optimizer):
                 batch.move(batch.rates(batch.step - 1), batch.group["gamma"], correction)
             batch.update_square(grads)
         for batch in batches:
-            batch.group["gamma"] = float(gammas[self._scope_key(batch)])
+            # A tensor: to read its number would wait for the device.
+            batch.group["gamma"] = gammas[self._scope_key(batch)]
 
     def _scope_key(self, batch: Batch) -> int:
         return id(batch.group) if self.defaults["gamma_scope"] == "group" else 0
@@ -185,3 +232,10 @@ class AvaGrad(Optimizer):
             square[key] = total if key not in square else square[key] + total.to(square[key].device)
             count[key] = count.get(key, 0) + batch.numel
         return {key: (count[key] / square[key]).sqrt() for key in square}
+
+
+def _number(value: Any) -> Any:
+    """The number a tensor holds, also those of a tuple; anything else as it is."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_number, value))
+    return value.item() if isinstance(value, torch.Tensor) else value

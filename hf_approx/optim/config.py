@@ -4,12 +4,24 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hf_approx.logs import get_logger
+
+logger = get_logger(__name__)
+
 Variant = Literal["exact", "reference", "paper"]
 GammaScope = Literal["global", "group"]
 
+NOT_AVAGRADS = (
+    *("optim", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim_args", "optim_target_modules"),
+)
+"""Of `TrainingArguments`: what its own optimizers read, and AvaGrad does not."""
 
-def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise `ValueError` unless every value is finite and in the range the update rule needs."""
+
+def check_hyperparameters(lr: Any, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise `ValueError` unless every value is finite and in the range the update rule needs; `lr` may be a tensor."""
+    if getattr(lr, "shape", ()) not in ((), (1,)):
+        raise ValueError(f"AvaGrad: lr must be one number, got a tensor of shape {tuple(lr.shape)}.")
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"AvaGrad: lr must be a finite number >= 0, got {lr}.")
     if not (math.isfinite(eps) and eps > 0):
@@ -77,3 +89,21 @@ def check_config(optimizer: Any, where: str) -> None:
             f"{where}: optimizer takes AvaGradConfig(...), or None for the one TrainingArguments(optim=...) names, "
             f"got {optimizer!r}."
         )
+
+
+def check_arguments(args: Any, config: AvaGradConfig, where: str) -> None:
+    """Warn of `TrainingArguments` that AvaGrad does not use; raise `ValueError` if they name another optimizer."""
+    changed = {name: getattr(args, name) for name in NOT_AVAGRADS if getattr(args, name) != getattr(type(args), name)}
+    if "optim" in changed:
+        raise ValueError(
+            f"{where}: optimizer=AvaGradConfig(...) and optim={str(getattr(args.optim, 'value', args.optim))!r} name "
+            "two optimizers; leave one of them out."
+        )
+    if "learning_rate" in changed:
+        rate = changed.pop("learning_rate")
+        logger.warning(
+            "AvaGrad trains with the lr of its own config, %g, and not with learning_rate=%g.", config.lr, rate
+        )
+    if changed:
+        unused = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        logger.warning("AvaGrad trains with the settings of its own config, and not with %s.", unused)

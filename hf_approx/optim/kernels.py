@@ -93,17 +93,26 @@ class Batch:
 
     def move(self, rates: list[Tensor], gamma: Tensor | float, mean_correction: float) -> None:
         """w <- (1 - lr wd) w - lr / correction * gamma * eta * m. Overwrites the rates."""
-        lr = self.group["lr"]
-        if self.group["weight_decay"] and self.group["decoupled_weight_decay"]:
-            torch._foreach_mul_(self.params, 1 - lr * self.group["weight_decay"])
+        lr, decay = self.group["lr"], self.group["weight_decay"]
+        size = -1.0 if isinstance(lr, Tensor) else -lr
         if isinstance(gamma, Tensor):
             # Kept a tensor on the parameters' device, gamma costs an accelerator no synchronisation.
             gamma = gamma.to(device=rates[0].device, dtype=rates[0].dtype)
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(()).to(device=rates[0].device, dtype=rates[0].dtype)
+            gamma = gamma * lr
+        if decay and self.group["decoupled_weight_decay"]:
+            shrink = 1 - lr * decay
+            if isinstance(shrink, Tensor):
+                for param in self.params:
+                    param.mul_(shrink)
+            else:
+                torch._foreach_mul_(self.params, shrink)
         for rate in rates:
             rate.mul_(gamma)
         if rates[0].dtype == self.params[0].dtype:
-            torch._foreach_addcmul_(self.params, rates, self.mean, -lr / mean_correction)
+            torch._foreach_addcmul_(self.params, rates, self.mean, size / mean_correction)
         else:
             torch._foreach_mul_(rates, self.mean)
             update = [rate.to(p.dtype) for rate, p in zip(rates, self.params, strict=True)]
-            torch._foreach_add_(self.params, update, alpha=-lr / mean_correction)
+            torch._foreach_add_(self.params, update, alpha=size / mean_correction)
