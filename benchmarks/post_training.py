@@ -21,8 +21,9 @@ from hf_approx.methods import SmolConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-from common import RecipeConfig, load_data, weight_bytes
+from common import RecipeConfig, weight_bytes
 from config_files import read_yaml
+from splits import load_data
 
 
 def accuracy(model: PreTrainedModel, loader: DataLoader[Any]) -> float:

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import transformers
 import typer
+from accelerate.commands.config.config_args import default_config_file
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +35,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Options of recipes and TrainingArguments have underscores, those here hyphens: both are understood.
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
 
 Source = Annotated[str, typer.Argument(help="Folder of a saved model, or a Hub repository id.")]
@@ -66,7 +70,13 @@ def train(
         raise FileNotFoundError(f"There is no recipe '{recipe}'; --recipe takes {', '.join(sorted(scripts))}.")
     if not config.is_file():
         raise FileNotFoundError(f"'{config}' does not exist.")
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", str(script)]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    if not Path(default_config_file).is_file():
+        # What accelerate would choose too, after a warning for each.
+        processes = max(1, torch.accelerator.device_count())
+        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else [])]
+    command += [str(script)]
     command += ["--config", str(config), "--output_dir", str(output_dir)]
     for value in set_ or []:
         command += ["--set", value]
@@ -316,6 +326,7 @@ def _stored_as(row: Row) -> str:
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: errors a user can act on are one line and exit code 1."""
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         return app(argv)
     except (ValueError, OSError, ModuleNotFoundError, NotImplementedError, SafetensorError) as error:

@@ -1,7 +1,6 @@
 """What recipes share: the command line, options, finding models and data, measuring what is on disk."""
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -12,8 +11,6 @@ from typing import Any, ClassVar, get_type_hints
 
 import evaluate
 import torch
-from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_dataset
-from datasets.exceptions import DatasetsError
 from rich.console import Console
 from transformers import CONFIG_MAPPING, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -22,7 +19,8 @@ from config_files import ConfigError, build, describe, did_you_mean, fits
 from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.files import write_text
 from hf_approx.methods import METHODS, MethodConfig
-from sources import check_data_path, resolve_model
+from loading import check_loaded, without_reports
+from sources import resolve_model
 
 RECIPES = Path(__file__).parent
 DTYPES = ("float32", "auto", "bfloat16", "float16")
@@ -46,7 +44,8 @@ def command_line(
     """
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file; see recipes/configs")
-    parser.add_argument("--output_dir", default=output_dir, help="where models, results and pictures are saved")
+    folder = "where models, results and pictures are saved"
+    parser.add_argument("--output_dir", "--output-dir", default=output_dir, help=folder)
     parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override one option; repeatable")
     sizes = ", ".join(smoke).replace("%", "%%")
     parser.add_argument("--smoke", action="store_const", const=smoke, default=(), help=f"end in seconds: {sizes}")
@@ -204,7 +203,7 @@ class RecipeConfig(RunConfig):
         text_columns: One column, or two for pairs.
         label_column: Column of class numbers or names.
         metric: A name for `evaluate.load`, or a file beside this one.
-        max_length: Longest input, in tokens.
+        max_length: Longest input, in tokens; the model's own limit, if that is lower.
     """
 
     positive = (*RunConfig.positive, "max_length")
@@ -212,13 +211,17 @@ class RecipeConfig(RunConfig):
     model: str
     text_columns: list[str] | str
     label_column: str = "label"
-    metric: str = "metrics/accuracy.py"
+    metric: str = "metrics/accuracy_f1.py"
     max_length: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.text_columns, str):
             self.text_columns = [self.text_columns]
+        if not 1 <= len(self.text_columns) <= 2:
+            raise ConfigError(f"text_columns must be one column or two, got {self.text_columns!r}.")
+        if self.label_column in self.text_columns:
+            raise ConfigError(f"text_columns: {self.label_column!r} is the label_column, which no text may give away.")
 
 
 def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
@@ -242,7 +245,7 @@ def check_scratch(model: dict[str, Any], known: Any, examples: str) -> None:
 
 
 def fresh_model(
-    auto: Any, model: str | dict[str, Any], dtype: str, scratch: Any = None, **options: Any
+    auto: Any, model: str | dict[str, Any], dtype: str, scratch: Any = None, new_head: bool = False, **options: Any
 ) -> PreTrainedModel:
     """A pretrained model, or one from scratch.
 
@@ -251,80 +254,20 @@ def fresh_model(
         model: As recipes name it: where it is, or `{type: NAME, ...}`.
         dtype: Of its weights; "auto": the one it is stored in or, from scratch, its config's.
         scratch: Config of the one from scratch.
+        new_head: Whether the last layers may be of another task, and are made anew then.
         options: Of `from_pretrained`.
+
+    Raises:
+        ConfigError: Other weights have another shape than the config says.
     """
     if isinstance(model, dict):
         return auto.from_config(scratch, **({} if dtype == "auto" else {"dtype": dtype}))
-    return auto.from_pretrained(resolve_model(model), dtype=dtype, **options)
-
-
-def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
-    """The data set's two splits, as `train` and `validation`; iterable if the config streams.
-
-    Raises:
-        ConfigError: A split, or one of the columns, does not exist.
-    """
-    options = dict(config.dataset)
-    if "python" in options:
-        source = options.pop("python")
-        module, _, function = str(source).partition(":")
-        try:
-            data = getattr(importlib.import_module(module), function)(**options)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"dataset: cannot load {source!r}: {error}") from None
-    elif "path" not in options:
-        raise ConfigError("dataset: give path, for datasets.load_dataset, or python, for a function.")
-    else:
-        check_data_path(str(options["path"]), config.train_split, config.eval_split)
-        try:
-            data = load_dataset(**options)
-        except (TypeError, ValueError, OSError, DatasetsError) as error:
-            raise ConfigError(f"dataset: cannot load {options['path']!r}: {error}") from None
-    if not isinstance(data, DatasetDict | IterableDatasetDict):
-        raise ConfigError(
-            "dataset: it must have several splits; leave out 'split' and set train_split and eval_split."
+    with without_reports():
+        loaded, info = auto.from_pretrained(
+            resolve_model(model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-    for option in ("train_split", "eval_split"):
-        split = getattr(config, option)
-        if split not in data:
-            files = "" if "python" in config.dataset else ", or give data_files a file for each split"
-            raise ConfigError(f"dataset: no split {split!r}; it has {', '.join(sorted(data))}: set {option}{files}.")
-    there = data[config.train_split].column_names or list(next(iter(data[config.train_split])))
-    for column in columns:
-        if column not in there:
-            raise ConfigError(f"dataset: no column {column!r}; it has {', '.join(there)}.")
-    return type(data)({"train": data[config.train_split], "validation": data[config.eval_split]})
-
-
-def load_data(config: RecipeConfig) -> DatasetDict:
-    """The data set of a text classifier; see `load_labelled`."""
-    return load_labelled(config, config.label_column, *config.text_columns)
-
-
-def load_labelled(config: RunConfig, label_column: str, *columns: str) -> DatasetDict:
-    """The data set, its labels as class numbers, no longer than the config says.
-
-    Raises:
-        ConfigError: A split or column does not exist.
-    """
-    data = load_splits(config, *columns, label_column)
-    if not hasattr(data["train"].features[label_column], "names"):
-        # One table of classes for both splits: encoded one by one, the same number could mean two classes.
-        classes = sorted(map(str, set(data["train"][label_column])))
-        unknown = sorted(set(map(str, data["validation"][label_column])) - set(classes))
-        if unknown:
-            raise ConfigError(f"dataset: {config.eval_split!r} has the class {unknown[0]!r}, which training lacks.")
-        text = data.cast_column(label_column, Value("string"))
-        data = text.cast_column(label_column, ClassLabel(names=classes))
-    return first_samples(config, data)
-
-
-def first_samples(config: RunConfig, data: DatasetDict) -> DatasetDict:
-    """The splits cut to `max_train_samples` and `max_eval_samples`."""
-    for split, limit in (("train", config.max_train_samples), ("validation", config.max_eval_samples)):
-        if limit is not None:
-            data[split] = data[split].select(range(min(limit, len(data[split]))))
-    return data
+    check_loaded(str(model), loaded, info, new_head)
+    return loaded
 
 
 def metric_path(name: str) -> str:
@@ -381,3 +324,20 @@ def write_json(path: Path, data: Any) -> None:
     """Write a JSON file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def say_saved(folder: Path, models: dict[str, int]) -> None:
+    """Print where everything is, and what to do next with the smallest model.
+
+    Args:
+        folder: That everything was saved to.
+        models: Bytes of the models in it, by the name of their folder; none for recipes that save results only.
+    """
+    print(f"Saved in {folder}: {', '.join(sorted(path.name for path in folder.iterdir() if path.is_file()))}")
+    for name, size in models.items():
+        print(f"  {folder / name}: {size:,} bytes")
+    if models:
+        # The last of those that are as small: the compressed one.
+        best = folder / min(reversed(models), key=lambda name: models[name])
+        print(f"Look at a model:  hf-approx inspect {best}")
+        print(f"Publish it:       hf-approx push {best} USER/NAME")

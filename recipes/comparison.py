@@ -25,12 +25,14 @@ from common import (
     load_seconds,
     overrides,
     same_logits,
+    say_saved,
     weight_bytes,
     write_json,
 )
 from config_files import ConfigError, read_yaml
 from hf_approx import ApproxTrainer, fold
 from hf_approx.inspection import inspect_checkpoint
+from loading import quiet
 
 
 class Comparison(ABC):
@@ -77,10 +79,11 @@ class Comparison(ABC):
     ) -> ApproxTrainer:
         """A trainer of the given model or a fresh one, dense or compressed; `training` overrides the config's."""
         config = self.config
+        # Memory is pinned for an accelerator; without one torch warns of it in every loader.
+        defaults = {"report_to": [], "save_strategy": "no", "dataloader_pin_memory": torch.accelerator.is_available()}
         try:
             args = config.arguments(
-                output_dir=str(self.output_dir / f"{name}-checkpoints"),
-                **{"report_to": [], "save_strategy": "no", **config.training, **training},
+                output_dir=str(self.output_dir / f"{name}-checkpoints"), **{**defaults, **config.training, **training}
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training: {error}") from None
@@ -154,7 +157,12 @@ class Classifier(Comparison):
     def __init__(self, config: Any, output_dir: str, labels: list[str]) -> None:
         super().__init__(config, output_dir)
         self.labels = labels
-        self.names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+        self.names = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: i for i, name in enumerate(labels)},
+            # A pretrained model may come from a regression or from several labels a row.
+            "problem_type": "single_label_classification",
+        }
         self.metric, self.scores = load_metric(config.metric, [0, 1])
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -205,6 +213,7 @@ def run(recipe_class: type[Comparison], argv: list[str] | None) -> int:
     """
     name, doc = Path(inspect.getfile(recipe_class)).stem, sys.modules[recipe_class.__module__].__doc__
     options = command_line(doc, f"outputs/{name}", recipe_class.smoke, resume=True).parse_args(argv)
+    quiet()
     try:
         config = read_yaml(recipe_class.config_class, options.config, overrides(options))
         recipe = recipe_class(config, options.output_dir)
@@ -226,4 +235,5 @@ def run(recipe_class: type[Comparison], argv: list[str] | None) -> int:
     if trainer.is_world_process_zero():
         write_json(recipe.output_dir / "results.json", rows)
         show(rows, recipe.scores)
+        say_saved(recipe.output_dir, {name: int(row["bytes"]) for name, row in rows.items()})
     return 0

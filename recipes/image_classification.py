@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from datasets import Image
 from PIL.Image import Image as Picture
 from PIL.Image import Transpose
 from torch import Tensor
@@ -24,11 +23,12 @@ from transformers import (
     default_data_collator,
 )
 
-from common import RunConfig, check_scratch, fresh_model, load_labelled
+from common import RunConfig, check_scratch, fresh_model
 from comparison import Classifier, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
 from sources import resolve_model
+from splits import load_labelled
 
 
 @dataclass
@@ -56,7 +56,7 @@ class ImageConfig(RunConfig):
     image_size: int | None = None
     crop: float | None = None
     flip: bool = False
-    metric: str = "metrics/accuracy.py"
+    metric: str = "metrics/accuracy_f1.py"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,8 +113,6 @@ class ImageClassifier(Classifier):
 
     def __init__(self, config: ImageConfig, output_dir: str) -> None:
         data = load_labelled(config, config.label_column, config.image_column)
-        if not isinstance(data["train"].features[config.image_column], Image):
-            raise ConfigError(f"dataset: the column {config.image_column!r} holds no images.")
         super().__init__(config, output_dir, data["train"].features[config.label_column].names)
         if isinstance(config.model, dict):
             options = dict(config.model)
@@ -150,8 +148,9 @@ class ImageClassifier(Classifier):
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, with a new head where its classes are others; or one from scratch."""
-        options = {"config": self.model_config, "ignore_mismatched_sizes": True}
-        return fresh_model(self.auto, self.config.model, self.config.dtype, self.model_config, **options)
+        return fresh_model(
+            self.auto, self.config.model, self.config.dtype, self.model_config, True, config=self.model_config
+        )
 
     def parts(self) -> dict[str, Any]:
         """Images and the metric."""

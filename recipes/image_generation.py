@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Image
+from datasets import Dataset
 from torch import Tensor
 
-from common import command_line, load_labelled, overrides, write_json
+from common import command_line, overrides, write_json
 from config_files import ConfigError, read_yaml
 from frechet import fit, squared_distance
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate
 from gan_results import finalize, save, show, write_pictures, write_samples
 from image_features import train_features
+from splits import load_labelled
 
 
 class Measure:
@@ -72,8 +73,6 @@ class Experiment:
         self.config, self.output_dir = config, output_dir
         self.state = PartialState(cpu=not torch.accelerator.is_available())
         data = load_labelled(config.data, config.label_column, config.image_column)
-        if not isinstance(data["train"].features[config.image_column], Image):
-            raise ConfigError(f"dataset: the column {config.image_column!r} holds no images.")
         train, held_out = pixels(data["train"], config), pixels(data["validation"], config)
         self.images = train[0]
         wanted = {"dense": config.baseline, "compressed": bool(config.approx)}

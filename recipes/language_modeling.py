@@ -24,11 +24,13 @@ from transformers import (
     default_data_collator,
 )
 
-from common import RunConfig, check_scratch, fresh_model, load_splits
+from checks import check_texts
+from common import RunConfig, check_scratch, fresh_model
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
 from sources import resolve_model
+from splits import load_splits, own_names
 
 SHUFFLED_TEXTS = 1000
 """Texts a stream is shuffled among."""
@@ -77,6 +79,31 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Makes blocks of tokens of a batch of texts; what depends on nothing else, `datasets` recognises in the next run.
+
+    Attributes:
+        tokenizer: Of the model.
+        text_column: As in `LanguageModelConfig`, like the next.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_column: str
+    block_size: int
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Whole blocks only."""
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        # A stream cannot be checked for missing texts before it is read.
+        texts = [text or "" for text in batch[self.text_column]]
+        encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        tokens = list(chain.from_iterable([*ids, *end] for ids in encoded))
+        size = self.block_size
+        blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": blocks, "labels": blocks}
+
+
 class LanguageModel(Comparison):
     """A causal language model on one text."""
 
@@ -123,11 +150,14 @@ class LanguageModel(Comparison):
         if streaming:
             seed = config.training.get("seed", 42)
             texts["train"] = texts["train"].shuffle(seed=seed, buffer_size=SHUFFLED_TEXTS)
+        else:
+            check_texts(config.dataset, texts, own_names(config), config.text_column, empty=True)
+        cut = Cut(self.tokenizer, config.text_column, config.block_size)
         blocks: dict[str, Any] = {}
         limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
         for split, limit in limits.items():
             columns = texts[split].column_names or list(next(iter(texts[split])))
-            data = texts[split].map(self._cut, batched=True, remove_columns=columns)
+            data = texts[split].map(cut, batched=True, remove_columns=columns)
             if streaming:
                 blocks[split] = data if limit is None else data.take(limit)
                 continue
@@ -135,14 +165,6 @@ class LanguageModel(Comparison):
                 raise ConfigError(f"dataset: {split} is shorter than one block of {config.block_size} tokens.")
             blocks[split] = data if limit is None else data.select(range(min(limit, len(data))))
         return blocks
-
-    def _cut(self, batch: dict[str, Any]) -> dict[str, Any]:
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        encoded = self.tokenizer(batch[self.config.text_column], add_special_tokens=False)["input_ids"]
-        tokens = list(chain.from_iterable([*ids, *end] for ids in encoded))
-        size = self.config.block_size
-        blocks = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
-        return {"input_ids": blocks, "labels": blocks}
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, or one from scratch."""

@@ -4,18 +4,44 @@ accelerate launch recipes/text_classification.py --config recipes/configs/words_
 """
 
 import sys
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-from common import RecipeConfig, fresh_model, load_data
+from common import RecipeConfig, fresh_model
 from comparison import Classifier, run
+from config_files import ConfigError
 from sources import resolve_model
+from splits import load_data
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Makes a model's inputs of a batch; what depends on nothing else, `datasets` recognises in the next run.
+
+    Attributes:
+        tokenizer: Of the model.
+        text_columns: As in `RecipeConfig`, like the others.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_columns: list[str]
+    label_column: str
+    max_length: int
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Tokens and class numbers."""
+        texts = [batch[column] for column in self.text_columns]
+        encoded = self.tokenizer(*texts, truncation=True, max_length=self.max_length)
+        return {**encoded, "labels": batch[self.label_column]}
 
 
 class Recipe(Classifier):
@@ -29,17 +55,31 @@ class Recipe(Classifier):
     def __init__(self, config: RecipeConfig, output_dir: str) -> None:
         data = load_data(config)
         super().__init__(config, output_dir, data["train"].features[config.label_column].names)
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model))
-        self.data = data.map(self._tokenize, batched=True, remove_columns=data["train"].column_names)
+        place = resolve_model(config.model)
+        self.model_config = AutoConfig.from_pretrained(place, **self.names)
+        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        self._choose_padding()
+        positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        longest = min(config.max_length, self.tokenizer.model_max_length, positions or config.max_length)
+        tokenize = Tokenize(self.tokenizer, config.text_columns, config.label_column, longest)
+        self.data = data.map(tokenize, batched=True, remove_columns=data["train"].column_names)
 
-    def _tokenize(self, batch: dict[str, Any]) -> dict[str, Any]:
-        texts = [batch[column] for column in self.config.text_columns]
-        encoded = self.tokenizer(*texts, truncation=True, max_length=self.config.max_length)
-        return {**encoded, "labels": batch[self.config.label_column]}
+    def _choose_padding(self) -> None:
+        """Language models often have no token to pad with; any does, as padding is masked."""
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
+        if self.tokenizer.pad_token is None:
+            raise ConfigError(
+                f"model: the tokenizer of {self.config.model!r} has no token to pad with, nor one for the end or for "
+                "unknown words; give it one with tokenizer.add_special_tokens and save it."
+            )
+        config = self.model_config.get_text_config()
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = self.tokenizer.pad_token_id
 
     def model(self) -> PreTrainedModel:
         """The pretrained one, with a new head."""
-        return fresh_model(self.auto, self.config.model, self.config.dtype, **self.names)
+        return fresh_model(self.auto, self.config.model, self.config.dtype, new_head=True, config=self.model_config)
 
     def parts(self) -> dict[str, Any]:
         """Tokenized data and the metric."""

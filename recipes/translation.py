@@ -25,11 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import RunConfig, check_scratch, first_samples, fresh_model, load_metric, load_splits
+from checks import source
+from common import RunConfig, check_scratch, fresh_model, load_metric
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxSeq2SeqTrainer, ApproxTrainer
 from sources import resolve_model
+from splits import first_samples, load_splits, own_names
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Translation(Comparison):
         columns = (config.source_column, config.target_column)
         data = first_samples(config, load_splits(config, *(column.split(".")[0] for column in columns)))
         texts = {
-            split: (self._texts(part, config.source_column), self._texts(part, config.target_column))
+            split: (self._texts(split, part, config.source_column), self._texts(split, part, config.target_column))
             for split, part in data.items()
         }
         pretrained = None if isinstance(config.model, dict) else resolve_model(config.model)
@@ -108,17 +110,28 @@ class Translation(Comparison):
             self.tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer or pretrained)
         else:
             self.tokenizer = learn_tokenizer((text for side in texts["train"] for text in side), config.vocabulary)
+        if self.tokenizer.pad_token is None:
+            raise ConfigError(f"tokenizer: {config.tokenizer or config.model!r} has no token to pad with.")
         self.model_config = self._model_config(pretrained)
         self.data = {split: self._encode(sides, cut=split == "train") for split, sides in texts.items()}
 
-    def _texts(self, data: Any, column: str) -> list[str]:
+    def _texts(self, split: str, data: Any, column: str) -> list[str]:
+        where = source(self.config.dataset, own_names(self.config)[split])
         name, _, entry = column.partition(".")
         values = list(data[name])
-        if not entry:
-            return values
-        if not isinstance(values[0], dict) or entry not in values[0]:
-            raise ConfigError(f"dataset: the column {name!r} has no entry {entry!r}.")
-        return [value[entry] for value in values]
+        if not values:
+            raise ConfigError(f"{where} has no rows.")
+        if entry:
+            if not isinstance(values[0], dict) or entry not in values[0]:
+                raise ConfigError(f"{where}: the column {name!r} has no entry {entry!r}.")
+            values = [value[entry] for value in values]
+        bad = [i for i, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
+        if bad:
+            raise ConfigError(
+                f"{where}: {len(bad)} of {len(values)} rows have no text in {column!r}, the first is row "
+                f"{bad[0] + 1}, {values[bad[0]]!r}; fill or remove them."
+            )
+        return values
 
     def _model_config(self, pretrained: str | None) -> Any:
         if pretrained is not None:

@@ -14,10 +14,11 @@ import hf_approx  # noqa: F401 - registers the packed format
 import optimizer_sweep
 import text_classification
 import ticket_search
-from common import RecipeConfig, load_data
+from common import RecipeConfig
 from config_files import ConfigError, read_yaml
 from helpers import ROOT, launch
 from models import build
+from splits import load_data
 
 RECIPE = ROOT / "recipes" / "text_classification.py"
 WORDS = ["good", "fine", "nice", "bad", "awful", "poor"]
