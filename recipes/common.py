@@ -4,9 +4,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
 
 import evaluate
@@ -19,6 +20,7 @@ from config_files import ConfigError, build, describe, did_you_mean, fits
 from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.files import write_text
 from hf_approx.methods import METHODS, MethodConfig
+from hf_approx.packing import PackedFormatError
 from loading import check_loaded, without_reports
 from sources import resolve_model
 
@@ -168,7 +170,11 @@ class RunConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not self.methods() and not self.baseline:
             raise ConfigError("There is nothing to train: approx is empty and baseline is false.")
-        self.avagrad()
+        optim = self.training.get("optim")
+        if self.avagrad() is not None and optim not in (None, self.arguments.optim):
+            raise ConfigError(
+                f"optimizer: AvaGrad is asked for, and training names the optim {optim!r}; leave one of them out."
+            )
         if self.folding() is not None and not any(isinstance(method, SharingConfig) for method in self.methods()):
             raise ConfigError("fold: nothing to fold without the method 'sharing' in approx.")
         if self.dataset.get("streaming") and not self.streams:
@@ -262,10 +268,15 @@ def fresh_model(
     """
     if isinstance(model, dict):
         return auto.from_config(scratch, **({} if dtype == "auto" else {"dtype": dtype}))
-    with without_reports():
-        loaded, info = auto.from_pretrained(
-            resolve_model(model), dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+    options |= {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with without_reports():
+            loaded, info = auto.from_pretrained(resolve_model(model), **options)
+    except PackedFormatError as error:
+        raise ConfigError(
+            f"model: {error} If it was packed for other classes, write it dense first: hf-approx decompress {model} "
+            "FOLDER."
+        ) from None
     check_loaded(str(model), loaded, info, new_head)
     return loaded
 
@@ -326,7 +337,7 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
 
 
-def say_saved(folder: Path, models: dict[str, int]) -> None:
+def say_saved(folder: Path, models: Mapping[str, int] = MappingProxyType({})) -> None:
     """Print where everything is, and what to do next with the smallest model.
 
     Args:
@@ -338,6 +349,6 @@ def say_saved(folder: Path, models: dict[str, int]) -> None:
         print(f"  {folder / name}: {size:,} bytes")
     if models:
         # The last of those that are as small: the compressed one.
-        best = folder / min(reversed(models), key=lambda name: models[name])
+        best = folder / min(reversed(list(models)), key=lambda name: models[name])
         print(f"Look at a model:  hf-approx inspect {best}")
         print(f"Publish it:       hf-approx push {best} USER/NAME")

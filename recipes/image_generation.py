@@ -14,13 +14,14 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 
-from common import command_line, overrides, write_json
+from common import command_line, overrides, say_saved, weight_bytes, write_json
 from config_files import ConfigError, read_yaml
 from frechet import fit, squared_distance
 from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate
 from gan_results import finalize, save, show, write_pictures, write_samples
 from image_features import train_features
+from loading import quiet
 from splits import load_labelled
 
 
@@ -126,6 +127,7 @@ class Experiment:
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     options = command_line(__doc__, "outputs/image_generation", SMOKE, resume=True).parse_args(argv)
+    quiet()
     folder = Path(options.output_dir)
     try:
         config = read_yaml(GanRecipe, options.config, overrides(options))
@@ -137,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     if experiment.measure is not None:
         write_pictures(results, experiment.images, folder)
         show(results)
+        say_saved(folder, {name: weight_bytes(folder / name) for name in experiment.games})
     return 0
 
 

@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from common import RECIPES, RecipeConfig, command_line, console, overrides, write_json
+from common import RECIPES, RecipeConfig, command_line, console, overrides, say_saved, write_json
 from config_files import ConfigError, read_yaml
 from digits import digits
 from hf_approx.optim import (
@@ -38,6 +38,7 @@ from hf_approx.optim import (
     scaled_lr,
     separable_search,
 )
+from loading import quiet
 from sweep_plots import plot_planes
 from text_classification import Recipe
 
@@ -363,6 +364,7 @@ def results(found: Findings, sweep: Sweep) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Run the recipe; returns the exit code."""
     options = command_line(__doc__, "outputs/optimizer_sweep", SMOKE).parse_args(argv)
+    quiet()
     folder = Path(options.output_dir)
     try:
         config = read_yaml(SweepRecipe, options.config, overrides(options))
@@ -378,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         planes = {NAMES[name]: found.grid[name] for name in OPTIMIZERS}
         plot_planes(planes, config.metric, folder / "planes.png")
         show(found, config)
+        say_saved(folder)
     return 0
 
 

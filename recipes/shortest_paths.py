@@ -18,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from common import command_line, overrides, write_json
+from common import command_line, overrides, say_saved, write_json
 from config_files import read_yaml
 from hf_approx import fold, layer_similarity
 from hf_approx.optim import CompositeOptimizer
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     if experiment.accelerator.is_main_process:
         write_plots(results, config.target_f1, folder)
         show(rows, config.target_f1)
+        say_saved(folder)
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from common import command_line, console, overrides, write_json
+from common import command_line, console, overrides, say_saved, write_json
 from config_files import read_yaml
 from digits import digits
 from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig
@@ -190,6 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         if folder is not None:
             write_json(folder / f"results-{experiment.config.seed}.json", rows)
         show(rows)
+        if folder is not None:
+            say_saved(folder)
     return 0
 
 

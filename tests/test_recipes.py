@@ -87,13 +87,22 @@ def test_the_dense_size_counts_what_was_removed(config, tmp_path, kinds, halved)
 
 def train_command(config, folder, *options):
     code = "from hf_approx.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", str(config), "--output-dir", str(folder), *options]
+    command = [sys.executable, "-c", code, "train", str(config), "--output_dir", str(folder), *options]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
 
 
+NOISE = ("Loading weights", "Writing model shards", "LOAD REPORT", "were not passed", "pin_memory", "hashed")
+"""What nobody can do anything about."""
+
+
 def test_train_command_runs_a_recipe_with_overrides(config, tmp_path):
-    result = train_command(config, tmp_path, "--set", "baseline=false", "--set", "approx.0.target_sparsity=0.5")
+    options = ["baseline=false", "approx.0.target_sparsity=0.5", "training.use_cpu=false"]
+    options = [part for option in options for part in ("--set", option)]
+    result = train_command(config, tmp_path, *options)
     assert result.returncode == 0, result.stderr
+    assert not [words for words in NOISE if words in result.stdout + result.stderr]
+    assert f"hf-approx inspect {tmp_path}/compressed\n" in result.stdout
+    assert f"hf-approx push {tmp_path}/compressed USER/NAME\n" in result.stdout
     rows = json.loads((tmp_path / "results.json").read_text())
     assert list(rows) == ["compressed"]
     assert rows["compressed"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
@@ -133,6 +142,10 @@ def test_train_command_passes_smoke_and_resume_on(config, tmp_path):
         ("optimizer.lr=fast", "optimizer: "),
         ("training.max_steps=x", "training: max_steps must be an integer, got 'x'"),
         ("training.lr_scheduler_type=x", "training: x is not a valid SchedulerType"),
+        (
+            "training.optim=adafactor",
+            "optimizer: AvaGrad is asked for, and training names the optim 'adafactor'; leave",
+        ),
         ("training.nonsense=1", "TrainingArguments has no option 'nonsense'."),
         ("training.learning_rat=1", "has no option 'learning_rat' (did you mean 'learning_rate'?)."),
         ("max_train_samples=x", "max_train_samples must be an integer or null, got 'x'"),
@@ -282,7 +295,8 @@ def test_both_splits_share_one_table_of_classes(tmp_path):
     assert data["train"]["label"][:] == [0, 1, 2]
     assert data["validation"]["label"][:] == [2, 0]
     config.eval_split = "odd"
-    with pytest.raises(ConfigError, match="'odd' has the class 'new'"):
+    message = r"odd\.csv: 1 of 1 rows have a class that training lacks, the first is row 1, 'new'"
+    with pytest.raises(ConfigError, match=message):
         load_data(config)
 
 
