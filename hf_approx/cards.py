@@ -18,22 +18,14 @@ from hf_approx.citations import CITATIONS
 from hf_approx.files import write_text
 from hf_approx.inspection import Inspection, inspect_checkpoint, read_packing
 from hf_approx.json_files import read_json
+from hf_approx.layout import CARD_FILE, MARKER, PICTURES, REPORT_FILE, is_ours
 from hf_approx.links import own_file
 from hf_approx.model_folder import weight_files
 from hf_approx.packing import SharedSpec, SparseSpec
-from hf_approx.report import REPORT_FILE, kind_of
+from hf_approx.report import kind_of
 from hf_approx.sentence_parts import PARTS_FILE
 from hf_approx.text import one_line
 
-CARD_FILE = "README.md"
-MARKER = (
-    "<!-- Written by hf_approx. Remove this line to keep your changes: the next save then leaves the file alone. -->"
-)
-PICTURES = {
-    "layers.png": "Sparsity and bits of every packed layer",
-    "training.png": "Sparsity and masks over training",
-    "similarity.png": "Similarity of the layers that share templates",
-}
 PLACEHOLDER = "PATH_OR_REPO"
 
 # All that is neither a letter, a digit nor harmless; underscores that do not join two words; the point that makes a
@@ -49,11 +41,6 @@ def write_card(folder: Path, repo_id: str | None = None) -> bool:
         return False
     write_text(path, render_card(folder, repo_id))
     return True
-
-
-def is_ours(path: Path) -> bool:
-    """Whether there is a card that was written by `write_card` and not taken over by hand."""
-    return path.is_file() and MARKER in path.read_text(encoding="utf-8", errors="replace")
 
 
 def render_card(folder: Path, repo_id: str | None = None) -> str:

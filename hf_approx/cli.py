@@ -16,11 +16,12 @@ from rich.text import Text
 from safetensors import SafetensorError
 
 import hf_approx
-from hf_approx.cards import CARD_FILE, write_card
+from hf_approx.cards import write_card
 from hf_approx.checkpoint import attach_packing
 from hf_approx.exports import GROUP_SIZES, check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_source, license_of, push_folder
 from hf_approx.inspection import Inspection, Row, inspect_checkpoint, read_packing
+from hf_approx.layout import CARD_FILE
 from hf_approx.loops.calibration import STEPS, Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig

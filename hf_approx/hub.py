@@ -22,17 +22,16 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_approx.cards import CARD_FILE, PICTURES, render_card
+from hf_approx.cards import render_card
 from hf_approx.headers import PREFIX, Header, header_length, parse_header
 from hf_approx.inspection import Inspection, describe_tensors, inspect_checkpoint, read_packing, read_quantization
 from hf_approx.json_files import read_json
+from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICKLED_ARGUMENTS_FILE, PICTURES, REPORT_FILE
 from hf_approx.model_folder import CONFIG, INDEX, WEIGHTS, check_kind, find_checkpoint, model_files, shard_names
 from hf_approx.packing import PackedFormatError
 from hf_approx.remote_code import LOADER_FILE, loader_files, without_code
-from hf_approx.report import REPORT_FILE
 from hf_approx.text import listed, one_line
 
-ARGUMENTS_FILE = "training_args.json"
 ATTEMPTS = 10
 FIRST_BYTES = 100_000
 """Most headers are shorter."""
@@ -47,7 +46,7 @@ STALE = (
     REPORT_FILE,
     ARGUMENTS_FILE,
     LOADER_FILE,
-    "training_args.bin",
+    PICKLED_ARGUMENTS_FILE,
     *PICTURES,
 )
 

@@ -9,14 +9,11 @@ try:
     import evaluate
 except ModuleNotFoundError:
     raise ModuleNotFoundError("hf_approx.metrics needs evaluate: pip install 'hf-approx[demo]'.") from None
-from torch import nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hf_approx.checkpoint import at_work, unfinished_allowed
 from hf_approx.hub import inspect_source
 from hf_approx.inspection import Inspection, inspect_checkpoint
-from hf_approx.methods.base import parametrizations
-from hf_approx.modules.bank import SharedWeight
 
 
 class Compression(evaluate.Metric):
@@ -85,24 +82,15 @@ class Compression(evaluate.Metric):
         }
 
 
-def _in_training(module: nn.Module) -> bool:
-    """Whether a method turns the module's weight into another; sharing, which lasts, aside."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return False
-    # Others, such as weight normalization, are part of some models.
-    own = [part for part in parametrizations(module) if type(part).__module__.startswith("hf_approx.")]
-    return any(not isinstance(part, SharedWeight) for part in own)
-
-
 def _inspect(model: str | Path | PreTrainedModel) -> Inspection:
     if not isinstance(model, PreTrainedModel):
         return inspect_source(model)
-    for name, module in model.named_modules():
-        if _in_training(module):
-            raise ValueError(
-                f"Compression: a method is at work on '{name}', and its masks or precisions are no part of the model; "
-                "measure the model after training."
-            )
-    with tempfile.TemporaryDirectory() as folder:
+    found = at_work(model)
+    if found is not None:
+        raise ValueError(
+            f"Compression: {found[0]} is at work on '{found[1]}', and its masks or precisions are no part of the "
+            "model; measure the model after training."
+        )
+    with tempfile.TemporaryDirectory() as folder, unfinished_allowed():
         model.save_pretrained(folder)
         return inspect_checkpoint(Path(folder))

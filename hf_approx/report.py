@@ -10,8 +10,6 @@ from hf_approx.methods import Method
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import Grid, expand
 
-REPORT_FILE = "approx_report.json"
-
 
 def kind_of(name: str) -> str:
     """What a layer is within its block: the name after the last number, without `weight`; of a template its bank."""

@@ -320,6 +320,20 @@ def own_description(
     return {"shapes": shapes, "attributes": {own(name): counts for name, counts in data["attributes"].items()}}
 
 
+def current_description(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    """The description of the layers that a model still has, with the sizes they have now; see `own_description`."""
+    data = own_description(model, data)
+    modules, params = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    return {
+        "shapes": {name: list(params[name].shape) for name in data["shapes"] if name in params},
+        "attributes": {
+            name: {count: getattr(modules[name], count) for count in counts}
+            for name, counts in data["attributes"].items()
+            if name in modules
+        },
+    }
+
+
 def describe(model: nn.Module, structures: Sequence[Structure]) -> dict[str, Any]:
     """What `apply_description` needs to give a new model of the same class the sizes of this one."""
     shapes, attributes = {}, {}

@@ -16,6 +16,7 @@ from hf_approx.files import replacing
 from hf_approx.loops import Rounds, Ticket, TicketConfig
 from hf_approx.loops.states import begin_state, end_state
 from hf_approx.optim import CompositeOptimizer
+from hf_approx.staging import recover
 from hf_approx.trainer import ApproxTrainer, _Schedule
 from hf_approx.trainer_files import check_whole
 
@@ -206,6 +207,7 @@ class _TrainerRounds(Rounds):
 
     def load(self, folder: Path) -> None:
         """Go on from the newest state in a folder."""
+        recover(folder)
         saved = self.saved(folder)
         if saved is None:
             raise ValueError(f"TicketTrainer: {folder} holds no finished round to go on from.")

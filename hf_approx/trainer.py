@@ -202,7 +202,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             packed = [name for name, spec in config.tensors.items() if not isinstance(spec, SharedSpec)]
             smaller_weights = [name for name in smaller if name.endswith(".weight")]
             self._repack = list(dict.fromkeys([*packed, *smaller_weights, *template_names(model)]))
-            self._grids = dict(quantizer.grids)
+            self._grids = quantizer.current_grids(model)
             self._special = bool(config.activations or config.structure or banks_of(model))
             quantizer.remove_quantization_config(model)
 

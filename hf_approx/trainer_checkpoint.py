@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_approx.checkpoint import ApproxConfig, keep_own_names
+from hf_approx.checkpoint import ApproxConfig, keep_own_names, unfinished_allowed
 from hf_approx.files import write_text
+from hf_approx.layout import CARD_FILE, is_ours
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
+from hf_approx.staging import recover, staged
 from hf_approx.trainer_files import (
     STATE_FILE,
     check_files,
@@ -41,6 +44,7 @@ class CheckpointMixin(ShardedMixin, HubMixin):
     _repack: list[str]
     _special: bool
     _recorder: Recorder
+    _checkpointing = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse a class in which `Trainer` would hide what this part and those beside it do."""
@@ -59,8 +63,21 @@ class CheckpointMixin(ShardedMixin, HubMixin):
         return super()._determine_best_metric(*args, **kwargs)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        trainer = cast(Trainer, self)
+        folder = Path(output_dir or trainer.args.output_dir or ".")
+        # A checkpoint to resume from has a mark of its own that it is whole.
+        if self._checkpointing or not trainer.args.should_save:
+            self._write(folder, state_dict)
+            return
+        with staged(folder) as partial:
+            if (folder / CARD_FILE).is_file() and not is_ours(folder / CARD_FILE):
+                shutil.copy2(folder / CARD_FILE, partial)
+            self._write(partial, state_dict)
+
+    def _write(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write all that belongs to the model into a folder."""
         trainer, model = cast(Trainer, self), self._plain_model
-        if self._unfinished and not trainer.is_in_train:
+        if self._unfinished and not self._checkpointing:
             logger.warning("Training has not ended: what is saved is no model yet, and nothing can load it as one.")
         if self._unfinished and isinstance(model, PreTrainedModel):
             # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
@@ -70,14 +87,14 @@ class CheckpointMixin(ShardedMixin, HubMixin):
             model.config.quantization_config = ApproxConfig(training=True)
             keep_own_names(model)
             try:
-                super()._save(output_dir, state)  # type: ignore[misc]
+                with unfinished_allowed():
+                    super()._save(str(folder), state)  # type: ignore[misc]
             finally:
                 del model.config.quantization_config
         else:
             with self._finished_as_model():
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
+                super()._save(str(folder), state_dict)  # type: ignore[misc]
         if trainer.args.should_save:
-            folder = Path(output_dir or trainer.args.output_dir or ".")
             self._save_arguments(folder)
             remove_report(folder)
             if not self._unfinished and not trainer.is_in_train:
@@ -137,6 +154,8 @@ class CheckpointMixin(ShardedMixin, HubMixin):
         if not asked:
             return None
         run = Path(cast(str, cast(Trainer, self).args.output_dir))
+        for folder in [run, *([Path(asked).parent] if isinstance(asked, str) else [])]:
+            recover(folder)
         complete = sorted((p for p in run.glob("checkpoint-*") if step_of(p) >= 0 and is_complete(p)), key=step_of)
         last = str(complete[-1]) if complete else None
         if isinstance(asked, str):
@@ -167,7 +186,11 @@ class CheckpointMixin(ShardedMixin, HubMixin):
             # The last file of a checkpoint says that the others are there, which those of an earlier run do not.
             folder = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
             Path(cast(str, trainer.args.output_dir), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        self._checkpointing = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._checkpointing = False
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)  # type: ignore[misc]

@@ -15,13 +15,13 @@ from transformers.modelcard import is_hf_dataset
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 
-from hf_approx.cards import CARD_FILE, PICTURES, is_ours, write_card
+from hf_approx.cards import write_card
 from hf_approx.files import write_text
-from hf_approx.hub import ARGUMENTS_FILE, license_of, push_folder
+from hf_approx.hub import license_of, push_folder
 from hf_approx.inspection import inspect_checkpoint
+from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICTURES, REPORT_FILE, is_ours
 from hf_approx.logs import get_logger
 from hf_approx.plots import plot_layers
-from hf_approx.report import REPORT_FILE
 from hf_approx.report_plots import has_history, plot_training
 from hf_approx.similarity_plots import plot_similarity
 

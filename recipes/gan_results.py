@@ -21,10 +21,12 @@ from hf_approx import AvaGradConfig, attach_packing
 from hf_approx.cards import write_card
 from hf_approx.files import replacing
 from hf_approx.inspection import inspect_checkpoint
+from hf_approx.layout import REPORT_FILE
 from hf_approx.methods import Method
 from hf_approx.packing import Grid
 from hf_approx.plots import load_pyplot, plot_layers, save_figure
-from hf_approx.report import REPORT_FILE, describe_layers, labels
+from hf_approx.report import describe_layers, labels
+from hf_approx.staging import staged
 
 GRID = 10
 """Images on a side of the pictures of samples."""
@@ -76,14 +78,16 @@ def save(model: Generator, folder: Path, report: dict[str, Any], distance: float
         What is on disk: `bits`, `bits_with_metadata` (None if no weight is quantized), `sparsity`, `bytes`,
         `dense_bytes`, `parameters`, and whether what was loaded back makes the same images, `reloaded_equal`.
     """
-    model.save_pretrained(folder)
     about = {"task": "unconditional-image-generation", "note": NOTE, "steps": config.steps, **config.card}
+    about.setdefault("model_name", folder.resolve().name)
     evaluation = {"metrics": {"frechet_distance": distance}}
-    write_json(folder / REPORT_FILE, {**report, "about": about, "evaluation": evaluation})
-    inspection = inspect_checkpoint(folder)
-    if any(row.packed for row in inspection.rows) and importlib.util.find_spec("matplotlib") is not None:
-        plot_layers(inspection, folder / "layers.png")
-    write_card(folder)
+    with staged(folder) as partial:
+        model.save_pretrained(partial)
+        write_json(partial / REPORT_FILE, {**report, "about": about, "evaluation": evaluation})
+        inspection = inspect_checkpoint(partial)
+        if any(row.packed for row in inspection.rows) and importlib.util.find_spec("matplotlib") is not None:
+            plot_layers(inspection, partial / "layers.png")
+        write_card(partial)
     loaded = AutoModel.from_pretrained(folder)
     quantized = sum(inspection.histogram) > 0
     return {

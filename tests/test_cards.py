@@ -14,9 +14,10 @@ from markdown_it import MarkdownIt
 
 from helpers import ROOT, make_trainer
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, UniformQuantizationConfig, attach_packing
-from hf_approx.cards import MARKER, auto_class, escape, one_line, render_card, task_of, write_card
+from hf_approx.cards import auto_class, escape, one_line, render_card, task_of, write_card
 from hf_approx.cli import main
 from hf_approx.inspection import inspect_checkpoint
+from hf_approx.layout import MARKER
 from models import build, dataset
 from sharing import deep_bert
 

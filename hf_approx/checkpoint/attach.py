@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint.activations import activations_of
+from hf_approx.checkpoint.changes import warn_of_changes
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
 from hf_approx.checkpoint.shared import pack_sharing
@@ -22,7 +23,7 @@ from hf_approx.packing import (
     pack_quantized,
     round_to_grid,
 )
-from hf_approx.structures import sizes_of
+from hf_approx.structures import current_description, sizes_of
 from hf_approx.targets import never_saved, refuse_adapters
 
 
@@ -38,7 +39,7 @@ def attach_packing(
     dtype stays), so the loaded model computes bit for bit what this one does. Weights with a grid are always packed,
     others if they get smaller; if none is, and the model's config says the sizes of all its layers, the model is left
     alone and saves plain. Quantized activations and shared weights the model has are saved with it, and what was
-    packed or quantized stays so.
+    packed or quantized stays so, but for weights that left their grids since (see `hf_approx.checkpoint.changes`).
 
     Args:
         model: A model whose weights are final.
@@ -61,10 +62,15 @@ def attach_packing(
         )
     params = dict(model.named_parameters(remove_duplicate=False))
     quantizer = getattr(model, "hf_quantizer", None)
+    kept: dict[str, Grid] = {}
+    others: list[str] = []
     if isinstance(quantizer, ApproxQuantizer):
-        kept = quantizer.quantization_config.tensors
-        names = [*names, *(n for n, spec in kept.items() if n in params and not isinstance(spec, SharedSpec))]
-        grids = {**{n: grid for n, grid in quantizer.grids.items() if n in params}, **(grids or {})}
+        packed = quantizer.quantization_config.tensors
+        names = [*names, *(n for n, spec in packed.items() if n in params and not isinstance(spec, SharedSpec))]
+        kept, left = quantizer.sort_grids(model)
+        kept = {name: grid for name, grid in kept.items() if name not in (grids or {})}
+        others = [name for name in left if name not in (grids or {})]
+        grids = {**kept, **(grids or {})}
     names = [*names, *(grids or {})]
     unknown = [name for name in names if name not in params]
     if unknown:
@@ -98,9 +104,12 @@ def attach_packing(
             specs[name] = spec
     specs.update((name, spec) for name, _, spec in pack_sharing(model, dtype).values())
     structure, activations = sizes_of(model), activations_of(model)
+    structure = None if structure is None else current_description(model, structure)
     if not specs and structure is None and not activations:
         return {}
     config = ApproxConfig(tensors=specs, store_dtype=store_dtype, structure=structure, activations=activations)
+    moved = [name for name in kept if not torch.equal(params[name], new[id(params[name])][1])]
+    warn_of_changes([], moved, others)
     with torch.no_grad():
         for param, value in new.values():
             param.copy_(value)

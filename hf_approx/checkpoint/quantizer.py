@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
+from hf_approx.checkpoint.changes import sort_grids, warn_of_changes
 from hf_approx.checkpoint.claims import forget, holds_plain, whole_section
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.places import Names, Placing, places
@@ -34,7 +35,7 @@ from hf_approx.packing import (
     unpack,
     unpack_quantized,
 )
-from hf_approx.structures import apply_description, own_description, set_sizes
+from hf_approx.structures import apply_description, current_description, own_description, set_sizes
 from hf_approx.targets import has_adapters, own_name
 
 logger = get_logger(__name__)
@@ -66,6 +67,8 @@ class ApproxQuantizer(HfQuantizer):
     ) -> None:
         super().__init__(quantization_config, **kwargs)
         self.grids = dict(grids or {})
+        specs = quantization_config.tensors
+        self._shapes = {name: specs[name].shape for name in self.grids if name in specs}
         self._dtypes: dict[str, torch.dtype] = {}
         self._is_plain = False
         self._places: dict[str, str] = {}
@@ -159,6 +162,7 @@ class ApproxQuantizer(HfQuantizer):
                 return unpack(row, spec, dtype)
             assert isinstance(spec, QuantizedSpec)
             weight, self.grids[name] = unpack_quantized(row, spec, dtype)
+            self._shapes[name] = spec.shape
             return weight
         except PackedFormatError as error:
             raise _damaged(name, error) from None
@@ -231,6 +235,18 @@ class ApproxQuantizer(HfQuantizer):
         sparse = SparseLinear(row, spec, bias, self._dtypes[name], isinstance(module, Conv1D))
         model.set_submodule(path, sparse.train(module.training))
 
+    def sort_grids(self, model: PreTrainedModel) -> tuple[dict[str, Grid], dict[str, str]]:
+        """Which grids still are those of their weights; see `hf_approx.checkpoint.changes`."""
+        return sort_grids(model, self.grids, self._shapes)
+
+    def current_grids(self, model: PreTrainedModel) -> dict[str, Grid]:
+        """As `sort_grids`; the others are forgotten, with a warning."""
+        own, others = self.sort_grids(model)
+        for key in others.values():
+            del self.grids[key]
+        warn_of_changes([], [], [*others])
+        return own
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to write: packed weights as bytes, the others in the stored dtype."""
         if has_adapters(model):
@@ -245,7 +261,7 @@ class ApproxQuantizer(HfQuantizer):
         tensors = model.state_dict(keep_vars=True)
         shared = pack_sharing(model, dtype)
         specs = _own_names(config.tensors, model, tensors)
-        grids = _own_names(self.grids, model, tensors)
+        grids, others = self.sort_grids(model)
         packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
         params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
@@ -263,22 +279,31 @@ class ApproxQuantizer(HfQuantizer):
                     if not torch.equal(round_to_grid(weight, grids[own].to(weight.device)), weight):
                         moved.append(own)
                     done[id(tensor)] = pack_quantized(tensor, grids[own], dtype)
-                elif spec is not None and tensor.dtype != torch.uint8:
-                    done[id(tensor)] = pack(tensor, dtype)
-                elif dtype is not None and name in params and tensor.is_floating_point():
-                    done[id(tensor)] = (rounded(name, tensor.detach(), dtype), None)
-                else:
+                elif spec is not None and tensor.dtype == torch.uint8:
                     done[id(tensor)] = (tensor.detach(), spec)
-            state[name], written = done[id(tensor)]
-            if own == name and written is not None:
-                if spec is not None and written.sparsity < spec.sparsity - 0.01:
-                    filled.append(own)
-                specs[name] = written
+                else:
+                    written = pack(tensor, dtype) if spec is not None else None
+                    if written is not None and spec is not None and written[1].sparsity < spec.sparsity - 0.01:
+                        filled.append(own)
+                    if written is not None and written[1].nbytes < written[1].dense_bytes:
+                        done[id(tensor)] = written
+                    elif dtype is not None and name in params and tensor.is_floating_point():
+                        done[id(tensor)] = (rounded(name, tensor.detach(), dtype), None)
+                    else:
+                        done[id(tensor)] = (tensor.detach(), None)
+            state[name], described = done[id(tensor)]
+            if own == name:
+                specs.pop(name, None)
+                if described is not None:
+                    specs[name] = described
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
-        _warn_of_changes(filled, moved, copied=not all(holds_zeros(tensors[name]) for name in filled))
+        for key in others.values():
+            del self.grids[key]
+        filled = [name for name in filled if name not in others]
+        warn_of_changes(filled, moved, [*others], all(holds_zeros(tensors[name]) for name in filled))
         if config.structure is not None:
-            config.structure = own_description(model, config.structure)
+            config.structure = current_description(model, config.structure)
         config.activations = activations_of(model)
         keep_own_names(model)
         return state, {}
@@ -330,26 +355,6 @@ def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if bool((result.isinf() & tensor.isfinite()).any()):
         raise ValueError(f"'{name}' has a value that does not fit {dtype}; store bfloat16.")
     return result
-
-
-def _warn_of_changes(filled: list[str], moved: list[str], copied: bool) -> None:
-    """Say that weights lost zeros, or left their grids, since they were compressed."""
-    if filled:
-        cause = (
-            "A copy of a model does not keep them: call hf_approx.keep_zeros on the copy before it is trained."
-            if copied
-            else "Optimizers keep them, but they were written to in another way, as merging adapters does: keep "
-            "adapters in files of their own, or save the model dense, after model.dequantize()."
-        )
-        others = f" (and {len(filled) - 1} others)" if filled[1:] else ""
-        logger.warning("'%s'%s had more zeros when it was loaded. %s", filled[0], others, cause)
-    if moved:
-        logger.warning(
-            "'%s' is no longer on the grid it was quantized to%s. It is saved rounded to it, so the saved model "
-            "differs from the one in memory; model.dequantize() first saves it as it is, dense.",
-            moved[0],
-            f", nor are {len(moved) - 1} others on theirs" if moved[1:] else "",
-        )
 
 
 def _own_names(tensors: dict[str, Entry], model: PreTrainedModel, existing: Container[str]) -> dict[str, Entry]:

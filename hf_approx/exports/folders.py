@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +12,17 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_approx.cards import CARD_FILE, PICTURES
 from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.files import write_bytes, write_text
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.json_files import read_json
+from hf_approx.layout import CARD_FILE, PICTURES, REPORT_FILE
 from hf_approx.links import own_file
 from hf_approx.logs import get_logger
 from hf_approx.model_folder import model_files
 from hf_approx.packing import dtype_from_name
 from hf_approx.remote_code import without_code, without_questions
-from hf_approx.report import REPORT_FILE
+from hf_approx.staging import recover, staged
 from hf_approx.text import listed, one_line
 
 logger = get_logger(__name__)
@@ -52,6 +51,7 @@ class Export:
 
 def check_output(output: Path) -> None:
     """Raise `ValueError` unless a folder can be written there without replacing anything."""
+    recover(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"'{output}' exists and is not an empty folder.")
 
@@ -137,7 +137,7 @@ def write_model(
     report: Mapping[str, Any] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> int:
-    """Save beside `output` and move it there whole; what belongs to the model in `source` comes along.
+    """Save to `output`, whole or not at all; what belongs to the model in `source` comes along.
 
     Args:
         model: What to save.
@@ -145,26 +145,19 @@ def write_model(
         output: Folder to write; does not exist or is empty.
         state: Tensors to write instead of the model's own.
         report: What its card says beside what is in the files; see `hf_approx.cards.render_card`.
-        finish: Called with the folder before it is moved.
+        finish: Called with the folder before it takes its place.
 
     Returns:
         Bytes of the tensors written.
     """
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        partial = Path(scratch) / "model"
+    with staged(output) as partial:
         model.save_pretrained(partial, state_dict=state)
         _bring_companions(source, partial)
         if report:
             write_text(partial / REPORT_FILE, json.dumps(report, indent=2) + "\n")
         if finish is not None:
             finish(partial)
-        written = inspect_checkpoint(partial).bytes
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    return written
+        return inspect_checkpoint(partial).bytes
 
 
 def _bring_companions(source: Path, folder: Path) -> None:

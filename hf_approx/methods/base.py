@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from hf_approx.checkpoint.saving import METHOD
 from hf_approx.modules.sharded import is_sharded, reshard, whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, refuse_adapters, select_modules
@@ -104,6 +105,7 @@ class Method(ABC):
         self.check(list(selected))
         self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
         for name, module in selected.items():
+            setattr(self.parametrizations[name], METHOD, self.name)
             parametrize.register_parametrization(module, "weight", self.parametrizations[name])
         self.modules, self.root = selected, model
 

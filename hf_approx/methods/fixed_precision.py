@@ -6,13 +6,14 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.methods.base import MethodConfig, incoming_weight
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, reduce, stored
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import matches, own_name
+from hf_approx.targets import matches
 
 
 @dataclass
@@ -55,11 +56,9 @@ class FixedPrecision(GridMethod):
     def select(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules whose weight has a grid; by default all of them."""
         patterns, quantizer = self._config.target_modules, getattr(model, "hf_quantizer", None)
-        found = quantizer.grids if isinstance(quantizer, ApproxQuantizer) else {}
-        names = {f"{name}.weight" for name, _ in model.named_modules()}
-        # The base model of a model with a head has its quantizer too, but not its prefix.
-        own = {own_name(name, getattr(model, "base_model_prefix", ""), names): grid for name, grid in found.items()}
-        grids = {name.removesuffix(".weight"): grid for name, grid in own.items() if name is not None}
+        packed = isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer)
+        found = cast(ApproxQuantizer, quantizer).current_grids(cast(PreTrainedModel, model)) if packed else {}
+        grids = {name.removesuffix(".weight"): grid for name, grid in found.items()}
         self._found = {
             name: grid
             for name, grid in grids.items()
