@@ -141,11 +141,11 @@ SENTENCES = {
     "ours": "only hf_approx loads it",
     "sizes": "Its layers have sizes",
     "inputs": "Its layers quantize their input",
-    "mismatch": "stops with a size mismatch",
+    "stops": "stops with a sentence that says what to import",
     "smaller": "times smaller",
     "before": "Weights that were compressed: ",
 }
-PACKED = {"compressed", "mismatch", "smaller", "before"}
+PACKED = {"compressed", "stops", "smaller", "before"}
 QUANTIZED = PACKED | {"bits", "rounds", "others"}
 
 
