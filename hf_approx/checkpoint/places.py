@@ -81,15 +81,16 @@ def _refuse_lost(
     """Raise unless all that found no place is of parts the model does not have.
 
     New heads and parts of their own are what loading with another class is for. But a file with blocks that the model
-    does not have and a model with blocks that the file does not have are the same blocks under two names, and so are a
-    tensor and a parameter whose names differ by what is in front.
+    does not have and a base model with blocks that the file does not have are the same blocks under two names, and so
+    are a tensor and a parameter whose names differ by what is in front.
     """
     tied = model.all_tied_weights_keys
-    missing = [n for n in existing if n not in filled and tied.get(n) not in filled]
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    missing = [n for n in existing if n.startswith(prefix) and n not in filled and tied.get(n) not in filled]
     ends = {name[i:]: name for name in unplaced for i in range(len(name)) if i == 0 or name[i - 1] == "."}
     block = next((name for name in unplaced if _in_block(name)), None)
     for own in missing:
-        name = ends.get(own.removeprefix(f"{model.base_model_prefix}."), block if _in_block(own) else None)
+        name = ends.get(own.removeprefix(prefix), block if _in_block(own) else None)
         if name is not None:
             raise PackedFormatError(
                 f"{type(model).__name__} has '{own}', the file has '{name}', and nothing says where they belong. Load "
