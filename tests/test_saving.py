@@ -7,6 +7,7 @@ import pickle
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,12 +169,14 @@ def test_pushing_while_saving_pushes_what_was_saved(two, tmp_path, monkeypatch):
             for name in os.listdir(working_dir)
             if name.endswith(".safetensors")
         }
+        config = json.loads(Path(working_dir, "config.json").read_text())
+        assert "hf_approx" in config["transformers_weights"]  # stops processes that have not imported it
         if repo_id == "me/refused":
             raise ConnectionError("no")
 
     class Api:
         def create_repo(self, repo_id, exist_ok, **kwargs):
-            assert kwargs == {"private": True}
+            assert kwargs == {"private": True, "token": "hf_me"}
             return type("Url", (), {"repo_id": f"me/{repo_id.split('/')[-1]}"})
 
     class Card:
@@ -181,13 +184,14 @@ def test_pushing_while_saving_pushes_what_was_saved(two, tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(transformers_hub.PushToHubMixin, "_upload_modified_files", upload)
-    monkeypatch.setattr("transformers.modeling_utils.hf_api", Api)
-    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *args, **kwargs: Card())
-    models["old"].save_pretrained(tmp_path / "model", push_to_hub=True, private=True)
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Api)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: Card())
+    hub = {"push_to_hub": True, "private": True, "token": "hf_me"}
+    models["old"].save_pretrained(tmp_path / "model", **hub)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert pushed["me/model"]["model.safetensors"].keys() == saved.keys()
     with pytest.raises(ConnectionError):
-        models["new"].save_pretrained(tmp_path / "model", push_to_hub=True, private=True, repo_id="me/refused")
+        models["new"].save_pretrained(tmp_path / "model", repo_id="me/refused", **hub)
     assert loads_as(tmp_path / "model", outputs) == "new"
 
 

@@ -1,14 +1,12 @@
 """What a saved `config.json` says of packed weights: what is in the files beside it, whatever model has the config.
 
 transformers writes the `quantization_config` that a config has. Configs travel: an encoder has that of its model, a
-model made by `from_config` that of a packed file, an encoder-decoder those of its two parts. So `save_pretrained` is
-wrapped, once, when this module is imported.
+model made by `from_config` that of a packed file, an encoder-decoder those of its two parts. So what they say is put
+right whenever a model is saved.
 """
 
-import functools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.places import Names
 from hf_approx.files import write_text
 from hf_approx.json_files import read_json
+from hf_approx.layout import CONFIG_FILE
 
 SECTION = "quantization_config"
 GUARD = "transformers_weights"
@@ -97,7 +96,7 @@ def whole_section(config: ApproxConfig, files: list[str]) -> ApproxConfig:
     """
     if config.tensors or config.structure or config.activations or not files:
         return config
-    path = Path(files[0]).with_name("config.json")
+    path = Path(files[0]).with_name(CONFIG_FILE)
     section = read_json(path).get(SECTION) if path.is_file() else None
     if not isinstance(section, dict) or not is_claim(section):
         return config
@@ -127,8 +126,8 @@ def holds_plain(config: ApproxConfig, files: list[str], model: PreTrainedModel, 
     return bool(wanted) and all(shapes.get(own) == shape for own, shape in wanted.items())
 
 
-def _guard(path: Path) -> None:
-    """Make processes that have not imported hf_approx stop at a config."""
+def guard(folder: Path) -> None:
+    """Make processes that have not imported hf_approx stop at the config of a packed model."""
 
     def mark(config: dict[str, Any]) -> None:
         config[GUARD] = NOTICE
@@ -136,28 +135,7 @@ def _guard(path: Path) -> None:
             if isinstance(part, dict) and "model_type" in part:
                 mark(part)
 
-    data = read_json(path)
+    data = read_json(folder / CONFIG_FILE)
     if is_claim(data.get(SECTION)):
         mark(data)
-        write_text(path, json.dumps(data, indent=2, sort_keys=True) + "\n")
-
-
-def _wrapped(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def save_pretrained(
-        self: PreTrainedModel,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        with truthful(self) as said:
-            original(self, save_directory, is_main_process, *args, **kwargs)
-        config = Path(save_directory) / "config.json"
-        if said is not None and not said.training and is_main_process and config.is_file():
-            _guard(config)
-
-    return save_pretrained
-
-
-PreTrainedModel.save_pretrained = _wrapped(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
+        write_text(folder / CONFIG_FILE, json.dumps(data, indent=2, sort_keys=True) + "\n")

@@ -1,13 +1,14 @@
-"""What happens around `save_pretrained`: a packed model's folder is old or new, and half-trained models are refused.
+"""What happens around `save_pretrained`.
 
-transformers has no hook for either: a quantizer is asked for the tensors, but not told the folder, and models that
-methods work on have no quantizer. So the functions that save models are wrapped, once, when this module is imported;
-other models pass through them as before.
+A packed model's folder is the old one or the new one, whole; its config says what is in the files beside it; models
+that methods still work on are refused. transformers has no hook for any of it: a quantizer is asked for the tensors,
+but not told the folder, and models in training, or with the config of a packed one, have no quantizer. So the
+functions that save models are wrapped, once, when this module is imported; other models pass through them as before.
 """
 
 import functools
+import inspect
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hf_approx.checkpoint.claims import guard, truthful
 from hf_approx.checkpoint.config import QUANT_METHOD
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.layout import CONFIG_FILE
@@ -93,6 +95,7 @@ def refuse_unfinished(model: nn.Module, where: str) -> None:
 
 def _whole(original: Callable[..., None]) -> Callable[..., None]:
     """`PreTrainedModel.save_pretrained` that replaces a packed model's folder as a whole."""
+    known = inspect.signature(original).parameters
 
     @functools.wraps(original)
     def save_pretrained(
@@ -110,16 +113,22 @@ def _whole(original: Callable[..., None]) -> Callable[..., None]:
             raise ValueError("save_pretrained: packed weights cannot be saved with distributed_checkpoint=True.")
         adapters = getattr(self, "_hf_peft_config_loaded", False)  # alone are written then
         if adapters or not (is_main_process and _is_first()) or not (packed or _holds_packed(save_directory)):
-            original(self, save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+            with truthful(self):
+                original(self, save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
             return
-        states = [state_dict if state_dict is None else dict(state_dict) for _ in range(2)]  # transformers empties it
-        with staged(save_directory) as folder:
-            original(self, str(folder), is_main_process, states[0], False, *args, **kwargs)
+        options = {name: value for name, value in kwargs.items() if not push_to_hub or name in known}
+        with staged(save_directory) as folder, truthful(self) as said:
+            original(self, str(folder), is_main_process, state_dict, False, *args, **options)
+            if said is not None and not said.training:
+                guard(folder)
         if push_to_hub:
             # Only what was written is pushed; and what is saved stays so if the Hub says no.
-            kwargs.setdefault("repo_id", Path(os.path.abspath(save_directory)).name)
-            with tempfile.TemporaryDirectory() as scratch:
-                original(self, scratch, is_main_process, states[1], True, *args, **kwargs)
+            hub = {
+                name: value
+                for name, value in kwargs.items()
+                if name not in known or name in ("token", "max_shard_size")
+            }
+            self.push_to_hub(hub.pop("repo_id", Path(os.path.abspath(save_directory)).name), **hub)
 
     return save_pretrained
 
