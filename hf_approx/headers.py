@@ -1,13 +1,15 @@
-"""The header of a safetensors file, which says what is in it, and which anyone may have made."""
+"""The headers of safetensors files, which say what is in them, and which anyone may have made."""
 
 import json
 import math
 import os
+import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_approx.packing import PackedFormatError
+from hf_approx.packing import PackedFormatError, shown
 
 BITS = {
     "F64": 64,
@@ -105,6 +107,48 @@ def parse_header(data: bytes, size: int, file: str) -> dict[str, Header]:
     if PREFIX + len(data) + end != size:
         raise PackedFormatError(f"{file} is damaged: its tensors do not end where the file ends.")
     return tensors
+
+
+def weight_map(index: dict[str, Any], what: str) -> dict[str, str]:
+    """The file of every tensor of a model in several files.
+
+    Args:
+        index: What is in its index.
+        what: What errors call that.
+
+    Raises:
+        PackedFormatError: It is damaged, or names files that are elsewhere.
+    """
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise PackedFormatError(f"{what} is damaged.")
+    for name in files.values():
+        if not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):
+            raise PackedFormatError(f"{what} is damaged: {shown(name)} is no weight file of this folder.")
+    return files
+
+
+def join_headers(headers: Mapping[str, Mapping[str, Header]], index: Mapping[str, str] | None) -> dict[str, Header]:
+    """The headers of all tensors of a model.
+
+    Args:
+        headers: By file and tensor.
+        index: The file of every tensor, if there is an index.
+
+    Raises:
+        PackedFormatError: A tensor is in two files, or is not where the index says.
+    """
+    stored: dict[str, Header] = {}
+    home: dict[str, str] = {}
+    for file, tensors in headers.items():
+        for name, header in tensors.items():
+            if name in stored:
+                raise PackedFormatError(f"{shown(name)} is in two weight files, {home[name]} and {file}.")
+            stored[name], home[name] = header, file
+    for name, file in (index or {}).items():
+        if home.get(name) != file:
+            raise PackedFormatError(f"{shown(name)} is not in {shown(file)}, as the index of the weight files says.")
+    return stored
 
 
 def _tensor(entry: Any, what: str) -> tuple[Header, tuple[int, int]]:

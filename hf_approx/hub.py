@@ -23,11 +23,11 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from hf_approx.cards import render_card
-from hf_approx.headers import PREFIX, Header, header_length, parse_header
-from hf_approx.inspection import Inspection, describe_tensors, inspect_checkpoint, read_packing, read_quantization
+from hf_approx.headers import PREFIX, Header, header_length, parse_header, weight_map
+from hf_approx.inspection import Inspection, describe_files, inspect_checkpoint, read_packing, read_quantization
 from hf_approx.json_files import read_json
 from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICKLED_ARGUMENTS_FILE, PICTURES, REPORT_FILE
-from hf_approx.model_folder import CONFIG, INDEX, WEIGHTS, check_kind, find_checkpoint, model_files, shard_names
+from hf_approx.model_folder import CONFIG, INDEX, WEIGHTS, check_kind, find_checkpoint, model_files
 from hf_approx.packing import PackedFormatError
 from hf_approx.remote_code import LOADER_FILE, loader_files, without_code
 from hf_approx.text import listed, one_line
@@ -129,7 +129,7 @@ def push_folder(
 def inspect_source(source: str | Path, revision: str | None = None, token: str | None = None) -> Inspection:
     """Inspect a folder or, if there is none of that name, a Hub repository; see `inspect_repo`."""
     if Path(source).exists():
-        return inspect_checkpoint(find_checkpoint(str(source), revision=revision))
+        return inspect_checkpoint(find_checkpoint(str(source), revision=revision), verify=True)
     return inspect_repo(str(source), revision, token)
 
 
@@ -152,21 +152,21 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         if not names & {WEIGHTS, INDEX}:
             raise FileNotFoundError(f"'{repo_id}' has no safetensors files.")
         config = hf_hub_download(repo_id, CONFIG, revision=commit, token=token)
-        shards = [WEIGHTS]
+        index: dict[str, str] | None = None
         if INDEX in names:
-            index = hf_hub_download(repo_id, INDEX, revision=commit, token=token)
-            shards = shard_names(read_json(Path(index)), f"{INDEX} of '{repo_id}'")
-        stored: dict[str, Header] = {}
+            path = Path(hf_hub_download(repo_id, INDEX, revision=commit, token=token))
+            index = weight_map(read_json(path), f"{INDEX} of '{repo_id}'")
+        files = sorted(set(index.values())) if index else [WEIGHTS]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            for header in pool.map(lambda name: _remote_header(repo_id, name, commit, token), shards):
-                stored.update(header)
+            found = pool.map(lambda name: _remote_header(repo_id, name, commit, token), files)
+            headers = dict(zip(files, found, strict=True))
     except HFValidationError:
         raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
     except HfHubHTTPError as error:
         raise FileNotFoundError(one_line(str(error))) from None
     except HTTPError as error:
         raise ConnectionError(f"'{repo_id}' cannot be reached: {one_line(str(error))}") from None
-    return describe_tensors(stored, *read_quantization(Path(config).parent))
+    return describe_files(headers, index, *read_quantization(Path(config).parent))
 
 
 def _remote_header(repo_id: str, name: str, commit: str, token: str | None) -> dict[str, Header]:
@@ -208,7 +208,7 @@ def _model(folder: Path, repo_id: str) -> tuple[dict[str, str | bytes], tuple[st
     packing = read_packing(folder)
     if packing is not None and packing.training:
         raise PackedFormatError(f"'{folder}' is a checkpoint of unfinished training: nobody could load it.")
-    inspect_checkpoint(folder)
+    inspect_checkpoint(folder, verify=True)
     files, left_out = _files(folder)
     if CARD_FILE not in files:
         files[CARD_FILE] = render_card(folder, repo_id).encode()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
-from hf_approx.headers import BITS, Header, read_header
+from hf_approx.checkpoint.contents import check_contents, located, verify_packed, verify_tensors
+from hf_approx.headers import BITS, Header, join_headers, read_header, weight_map
 from hf_approx.json_files import read_json
-from hf_approx.model_folder import weight_files
+from hf_approx.model_folder import INDEX, weight_files
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, SharedSpec, TensorSpec
 
@@ -128,46 +129,67 @@ def read_quantization(folder: Path) -> tuple[ApproxConfig | None, str]:
     Raises:
         PackedFormatError: It is damaged.
     """
-    config = read_json(folder / "config.json")
-    data = config.get("quantization_config")
-    if not isinstance(data, dict) or not data:
+    path = folder / "config.json"
+    data = read_json(path).get("quantization_config")
+    if data is None or data == {}:
         return None, ""
+    if not isinstance(data, dict):
+        raise PackedFormatError(f"{path}: quantization_config is no object.")
     name = data.get("quant_method")
     if name == QUANT_METHOD:
-        return ApproxConfig.from_dict(data), ""
+        read_json(path, unique_keys=True)
+        with located(path):
+            return ApproxConfig.read(data), ""
     return None, name if isinstance(name, str) and name else "unnamed"
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
+def inspect_checkpoint(folder: Path, verify: bool = False) -> Inspection:
     """Read a checkpoint folder without loading its weights.
 
+    Args:
+        folder: A saved model.
+        verify: Also read all tensors that have a checksum and compare; by default only the headers of files are read.
+
     Raises:
-        PackedFormatError: The config or a weight file is damaged.
+        PackedFormatError: The config or a weight file is damaged, or they do not belong together.
         FileNotFoundError: There is no safetensors file.
     """
-    packing, other = read_quantization(folder)
-    stored: dict[str, Header] = {}
-    for path in weight_files(folder):
-        stored.update(read_header(path))
-    return describe_tensors(stored, packing, other)
+    (packing, other), files = read_quantization(folder), weight_files(folder)
+    index = folder / INDEX
+    found = weight_map(read_json(index), str(index)) if index.is_file() else None
+    headers = {path.name: read_header(path) for path in files}
+    with located(folder):
+        result = describe_files(headers, found, packing, other)
+    if verify and packing is not None:
+        verify_tensors(files, packing)
+        verify_packed(files, packing)
+    return result
 
 
-def describe_tensors(stored: Mapping[str, Header], packing: ApproxConfig | None, other: str = "") -> Inspection:
+def describe_files(
+    headers: Mapping[str, Mapping[str, Header]],
+    index: Mapping[str, str] | None,
+    packing: ApproxConfig | None,
+    other: str = "",
+) -> Inspection:
     """What the headers of weight files say, under the light of the config.
 
     Args:
-        stored: The headers of all tensors, by name.
+        headers: By file and tensor.
+        index: The file of every tensor, if there is an index.
         packing: The packing part of the config, if there is one.
         other: The format of another library, as of `read_quantization`.
 
     Raises:
         PackedFormatError: They contradict each other.
     """
+    if packing is None:  # transformers reads what it finds, wherever the index says it is
+        stored = {name: header for tensors in headers.values() for name, header in tensors.items()}
+    else:
+        stored = join_headers(headers, index)
+        check_contents(packing, stored)
     specs = packing.tensors if packing else {}
     rows = [_row(name, shape, dtype, specs.get(name)) for name, (dtype, shape) in stored.items()]
-    missing = set(specs) - set(stored)
-    if missing:
-        raise PackedFormatError(f"Packed weight '{min(missing)}' is in config.json but in no weight file.")
     bound = sum(spec.bound_bytes for spec in specs.values())
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound, other)
 
@@ -177,7 +199,6 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None)
     if spec is None:
         size = math.prod(shape) * BITS[dtype] // 8
         return Row(name, shape, dtype, False, 0.0, float(BITS[dtype]), size, 0 if template else size)
-    spec.check_stored(name, dtype, shape)
     counts = spec.weights if isinstance(spec, QuantizedSpec) else ()
     bank, dense = spec.bank if isinstance(spec, SharedSpec) else "", 0 if template else spec.dense_bytes
     return Row(name, spec.shape, spec.dtype, True, spec.sparsity, spec.bits, spec.nbytes, dense, counts, bank)

@@ -5,14 +5,13 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from hf_approx.headers import weight_map
 from hf_approx.json_files import read_json
 from hf_approx.links import own_file
-from hf_approx.packing import PackedFormatError
 from hf_approx.sentence_parts import APART, PARTS_FILE, part_files, part_folders
 from hf_approx.text import one_line
 
@@ -223,24 +222,11 @@ def weight_files(folder: Path) -> list[Path]:
         FileNotFoundError: One is missing.
     """
     index = folder / INDEX
-    names = shard_names(read_json(index), str(index)) if index.is_file() else [WEIGHTS]
+    names = sorted(set(weight_map(read_json(index), str(index)).values())) if index.is_file() else [WEIGHTS]
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"'{folder}' has no file '{one_line(name)}'.")
     return [folder / name for name in names]
-
-
-def shard_names(index: dict[str, Any], what: str) -> list[str]:
-    """Names of the weight files that an index lists, in order.
-
-    Raises:
-        PackedFormatError: It is damaged, or names files that are elsewhere.
-    """
-    weights = index.get("weight_map")
-    names = list(weights.values()) if isinstance(weights, dict) else []
-    if not names or not all(isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
-        raise PackedFormatError(f"{what} is damaged.")
-    return sorted(set(names))
 
 
 def _download(repo_id: str, patterns: list[str], ignored: list[str], revision: str | None, token: str | None) -> Path:

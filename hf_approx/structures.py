@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_approx.packing import is_name, shown
 from hf_approx.targets import Patterns, matches, own_name
 
 Kind = Literal["head", "neuron"]
@@ -306,8 +307,12 @@ def own_description(
         model: Any model.
         data: As `describe` returns it.
         find: Gets a name and the names of the modules, returns which of these it means; default: `own_name`.
+
+    Raises:
+        ValueError: Two of its names are those of one layer.
     """
     names = {name for name, _ in model.named_modules()}
+    count = len(data["shapes"]), len(data["attributes"])
 
     def own(name: str) -> str:
         found = find(name, names) if find else own_name(name, getattr(model, "base_model_prefix", ""), names)
@@ -317,7 +322,10 @@ def own_description(
     for name, shape in data["shapes"].items():
         layer, _, kind = name.rpartition(".")
         shapes[f"{own(layer)}.{kind}"] = shape
-    return {"shapes": shapes, "attributes": {own(name): counts for name, counts in data["attributes"].items()}}
+    attributes = {own(name): counts for name, counts in data["attributes"].items()}
+    if (len(shapes), len(attributes)) != count:
+        raise ValueError("The sizes of the layers (structure) in config.json name a layer twice.")
+    return {"shapes": shapes, "attributes": attributes}
 
 
 def current_description(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
@@ -353,7 +361,7 @@ def check_description(data: Any) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     good = isinstance(data, dict) and set(data) == {"shapes", "attributes"}
-    good = good and all(isinstance(part, dict) for part in data.values())
+    good = good and all(isinstance(part, dict) and all(map(is_name, part)) for part in data.values())
     good = good and all(isinstance(s, list) and 0 < len(s) < 3 and all(map(whole, s)) for s in data["shapes"].values())
     for counts in data["attributes"].values() if good else ():
         good = (
@@ -367,7 +375,8 @@ def apply_description(model: nn.Module, data: dict[str, Any]) -> None:
     """Give the layers of a model without data (on the meta device) the sizes of another's.
 
     Raises:
-        ValueError: The description names a layer the model does not have, or one that would have to grow.
+        ValueError: The description names a layer the model does not have, or one that would have to grow, or says
+            more heads than it has.
     """
     modules = dict(model.named_modules())
     for name, shape in data["shapes"].items():
@@ -377,7 +386,7 @@ def apply_description(model: nn.Module, data: dict[str, Any]) -> None:
         if layer is None or old is None or len(shape) != old.dim():
             raise ValueError(f"The file describes the size of '{name}', which {type(model).__name__} does not have.")
         if any(new > size for new, size in zip(shape, old.shape, strict=True)):
-            raise ValueError(f"The file says '{name}' has shape {shape}, larger than its {list(old.shape)}.")
+            raise ValueError(f"The file says '{name}' has shape {shown(shape)}, larger than its {list(old.shape)}.")
         new = torch.empty(shape, dtype=old.dtype, device=old.device)
         if kind == "weight":
             resize(layer, {axis: shape[feature_dim(layer, axis)] for axis in ("out", "in")}, new)
@@ -385,8 +394,11 @@ def apply_description(model: nn.Module, data: dict[str, Any]) -> None:
             layer.register_parameter(kind, nn.Parameter(new, old.requires_grad))
     for path, counts in data["attributes"].items():
         for name, count in counts.items():
-            if not isinstance(getattr(modules.get(path), name, None), int):
+            old_count = getattr(modules.get(path), name, None)
+            if not isinstance(old_count, int):
                 raise ValueError(f"The file sets '{name}' of '{path}', which {type(model).__name__} does not have.")
+            if count > old_count:
+                raise ValueError(f"The file says that '{path}' has {name} = {shown(count)}, more than {old_count}.")
             setattr(modules[path], name, count)
 
 

@@ -1,5 +1,6 @@
 """Shared by tests: short training runs and fresh processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_approx import ApproxTrainer
+from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
 from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +44,26 @@ def make_trainer(name, folder, approx=(), model=None, optimizer=None, size=32, e
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def edit_packing(folder, change):
+    """Change the packing part of a saved config, with checksums that fit what it says then."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    data = config["quantization_config"]
+    cover(data)
+    change(data)
+    cover(data)
+    data["checksum"] = config_checksum(data)
+    path.write_text(json.dumps(config))
+
+
+def cover(data):
+    """From the checksums of bytes to those of bytes and entries, and back."""
+    tensors = data.get("tensors")
+    for name, entry in tensors.items() if isinstance(tensors, dict) else ():
+        if isinstance(entry, dict) and "crc32" in entry:
+            entry["crc32"] = entry_checksum(name, entry, entry["crc32"])
 
 
 def assert_same_weights(a, b):

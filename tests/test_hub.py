@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from helpers import ROOT, make_trainer
+from helpers import ROOT, edit_packing, make_trainer
 from hf_approx import MagnitudePruningConfig, attach_packing
 from hf_approx.hub import inspect_repo
 from hf_approx.inspection import inspect_checkpoint
@@ -344,9 +344,8 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
         hub.repos[name].add("main", "initial commit", {})
     before = {name: dict(repo.branches) for name, repo in hub.repos.items()}
     (tmp_path / "unfinished").mkdir()
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= {"training": True, "tensors": {}}
-    (tmp_path / "unfinished" / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "config.json", tmp_path / "unfinished")
+    edit_packing(tmp_path / "unfinished", lambda q: q.update({"training": True, "tensors": {}}))
     wrong = "hf_wrongToken"
     commands = {
         "Repository Not Found": ["inspect", "me/secret"],

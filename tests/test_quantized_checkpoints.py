@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import python
+from helpers import edit_packing, python
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.checkpoint.activations import activations_of
 from hf_approx.inspection import inspect_checkpoint
@@ -56,13 +56,6 @@ def files(folder):
 def logits(model, name="bert"):
     with torch.no_grad():
         return model.eval()(**batch(name)).logits
-
-
-def edit(folder, change):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
 
 
 DIGEST = """
@@ -156,19 +149,6 @@ def test_sparse_and_quantized_weights_in_one_file(tmp_path):
         loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
         torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
         assert sum(isinstance(m, SparseLinear) for m in loaded.modules()) == (runtime == "packed")
-
-
-def test_the_version_is_the_oldest_that_can_read_the_file(tmp_path):
-    """An older release says "format version 2 ... upgrade" instead of calling an unknown entry damaged."""
-    save("bert", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 2
-    assert all(entry["kind"] == "quantized" for entry in config["tensors"].values())
-    sparse = ApproxConfig(
-        tensors={"w": {"shape": [4], "dtype": "float16", "nnz": 0, "rice": 0, "nbytes": 0, "crc32": 0}}
-    )
-    assert sparse.to_dict()["format_version"] == 1
-    assert set(sparse.to_dict()["tensors"]["w"]) == {"shape", "dtype", "nnz", "rice", "nbytes", "crc32"}
 
 
 def test_training_on_is_rounded_again_and_said(tmp_path, caplog):
@@ -279,7 +259,7 @@ def test_damaged_bytes_are_named(tmp_path, change, message):
 )
 def test_hostile_entries_are_refused(tmp_path, change, message):
     save("bert", tmp_path)
-    edit(tmp_path, change)
+    edit_packing(tmp_path, change)
     with pytest.raises(PackedFormatError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
@@ -325,7 +305,6 @@ def test_activations_are_part_of_the_checkpoint(tmp_path, quantized):
         ACTIVATED[0]: {"channels": 64, "signed": True},
         ACTIVATED[1]: {"channels": 1, "signed": True},
     }
-    assert config["format_version"] == 2
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
     assert torch.equal(logits(loaded), logits(model))
     loaded.save_pretrained(tmp_path / "b")
@@ -396,7 +375,7 @@ def test_hostile_activations_are_refused(tmp_path, change, message):
     quantize_inputs(model, ACTIVATED)
     attach_packing(model, [], "float16")
     model.save_pretrained(tmp_path)
-    edit(tmp_path, change)
+    edit_packing(tmp_path, change)
     with pytest.raises(PackedFormatError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
@@ -409,12 +388,13 @@ def test_damaged_activations_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     key = f"{ACTIVATED[0]}.input_quantizer.limit"
+    edit_packing(tmp_path, lambda q: q.update(plain={}))
     save_file({**tensors, key: tensors[key] * float("nan")}, path, metadata={"format": "pt"})
     with pytest.raises(PackedFormatError, match="negative or not finite"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
     ghost = {n.replace(ACTIVATED[0], "ghost") if "input_quantizer" in n else n: t for n, t in tensors.items()}
     save_file(ghost, path, metadata={"format": "pt"})
-    edit(tmp_path, lambda q: q["activations"].update(ghost=q["activations"].pop(ACTIVATED[0])))
+    edit_packing(tmp_path, lambda q: q["activations"].update(ghost=q["activations"].pop(ACTIVATED[0])))
     with pytest.raises(PackedFormatError, match="'ghost': BertForSequenceClassification has no such module"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 

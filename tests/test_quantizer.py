@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import python
+from helpers import edit_packing, python
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.modules import SparseLinear
 from hf_approx.targets import select_modules
@@ -39,13 +39,6 @@ def logits(model, name="bert"):
 
 def files(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
-
-
-def edit(folder, change):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"])
-    path.write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -292,7 +285,7 @@ def test_damaged_bytes_are_named(tmp_path, change, message, runtime):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q: q.update(format_version=3), "format version 3; this hf_approx reads versions 1 to 2"),
+        (lambda q: q.update(format_version=4), "format version 4; this hf_approx reads versions 1 to 3"),
         (lambda q: q.update(format_version=True), "format version True"),
         (lambda q: q.update(format_version="1; rm"), "format version"),
         (lambda q: q["tensors"][KEY].update(nnz=10**9), "nnz is 1000000000"),
@@ -307,7 +300,7 @@ def test_damaged_bytes_are_named(tmp_path, change, message, runtime):
 )
 def test_hostile_config_is_refused(tmp_path, change, message):
     save("bert", tmp_path)
-    edit(tmp_path, change)
+    edit_packing(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
@@ -318,7 +311,7 @@ def test_packed_weight_the_architecture_lacks_is_refused(tmp_path):
     tensors = load_file(path)
     tensors["ghost.weight"] = tensors.pop(KEY)
     save_file(tensors, path, metadata={"format": "pt"})
-    edit(tmp_path, lambda q: q["tensors"].update({"ghost.weight": q["tensors"].pop(KEY)}))
+    edit_packing(tmp_path, lambda q: q["tensors"].update({"ghost.weight": q["tensors"].pop(KEY)}))
     with pytest.raises(PackedFormatError, match=r"'ghost\.weight' does not exist in BertForSequence"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 

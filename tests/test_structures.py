@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from helpers import assert_same_weights, make_trainer, python, weights
+from helpers import assert_same_weights, edit_packing, make_trainer, python, weights
 from hf_approx import PackedFormatError, SparsificationConfig
 from hf_approx.cli import main
 from hf_approx.structures import ARCHITECTURES, feature_dim, find_structures, remove_units
@@ -283,16 +283,20 @@ def test_a_smaller_llama_generates_with_its_cache(tmp_path):
         lambda s: s["attributes"].update({"bert": {"num_heads": 3}}),
         lambda s: s.pop("shapes"),
         lambda s: s["shapes"].update({"bert.encoder.layer.0.attention.self.query.weight": [True, 32]}),
+        lambda s: s["attributes"]["bert.encoder.layer.0.attention.self"].update(num_attention_heads=10**30),
+        lambda s: s["attributes"]["bert.encoder.layer.0.attention.self"].update(num_attention_heads=0),
+        lambda s: s["attributes"].update({"encoder.layer.0.attention.self": {"num_attention_heads": 2}}),
+        lambda s: s["shapes"].update({"bert\x1b[2J.weight": [8, 8]}),
     ],
-    ids=["larger", "negative", "unknown", "method", "no-such-attribute", "missing", "bool"],
+    ids=[
+        *("larger", "negative", "unknown", "method", "no-such-attribute", "missing", "bool"),
+        *("many-heads", "no-heads", "twice", "escape"),
+    ],
 )
 def test_hostile_sizes_are_refused(tmp_path, change):
     train("bert", tmp_path, granularity="head")
-    path = tmp_path / "model" / "config.json"
-    config = json.loads(path.read_text())
-    change(config["quantization_config"]["structure"])
-    path.write_text(json.dumps(config))
-    with pytest.raises(PackedFormatError):
+    edit_packing(tmp_path / "model", lambda q: change(q["structure"]))
+    with pytest.raises(PackedFormatError, match=r"structure|The file"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
 
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.contents import located
 from hf_approx.checkpoint.places import Names
 from hf_approx.files import write_text
 from hf_approx.json_files import read_json
@@ -100,7 +101,8 @@ def whole_section(config: ApproxConfig, files: list[str]) -> ApproxConfig:
     section = read_json(path).get(SECTION) if path.is_file() else None
     if not isinstance(section, dict) or not is_claim(section):
         return config
-    whole: ApproxConfig = ApproxConfig.from_dict(section)
+    with located(path):
+        whole = ApproxConfig.read(section)
     whole.runtime = config.runtime
     return whole
 

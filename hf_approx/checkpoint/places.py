@@ -71,6 +71,11 @@ def places(files: Iterable[str], packed: Container[str], model: PreTrainedModel,
     lost = [name for name in unplaced if name in packed]
     if lost and type(model).__name__ in (model.config.architectures or ()):
         raise PackedFormatError(f"Packed weight '{lost[0]}' does not exist in {type(model).__name__}.")
+    homes: dict[str, str] = {}
+    for name in sorted(name for name in own if name in packed):
+        other = homes.setdefault(own[name], name)
+        if other != name:
+            raise PackedFormatError(f"Packed weights '{other}' and '{name}' are both '{own[name]}'.")
     _refuse_lost(model, existing, unplaced, set(own.values()))
     return own
 

@@ -1,24 +1,33 @@
 """The transformers hook: packed weights load with `from_pretrained` and save with `save_pretrained`."""
 
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from hf_approx.checkpoint.activations import activations_of, check_buffers, check_loaded, install_activations
+from hf_approx.checkpoint.activations import activations_of, check_loaded, install_activations
 from hf_approx.checkpoint.changes import sort_grids, warn_of_changes
+from hf_approx.checkpoint.checksums import seal
 from hf_approx.checkpoint.claims import forget, holds_plain, whole_section
 from hf_approx.checkpoint.config import LOADER, QUANT_METHOD, ApproxConfig
+from hf_approx.checkpoint.contents import (
+    check_contents,
+    index_of,
+    located,
+    read_headers,
+    verify_tensors,
+)
 from hf_approx.checkpoint.places import Names, Placing, places
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
 from hf_approx.checkpoint.unpacking import Unpacking
 from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
+from hf_approx.headers import join_headers
 from hf_approx.logs import get_logger
 from hf_approx.modules import MAX_DENSITY, SparseLinear
 from hf_approx.packing import (
@@ -296,6 +305,7 @@ class ApproxQuantizer(HfQuantizer):
                 specs.pop(name, None)
                 if described is not None:
                     specs[name] = described
+        state, config.plain = seal(model, state, specs)
         # The config is written after this, so it always describes exactly what is in the file.
         config.tensors = specs
         for key in others.values():
@@ -390,17 +400,8 @@ def _refuse_packed_state(module: nn.Module, state_dict: dict[str, Any], prefix: 
 
 
 def _check_files(files: list[str], config: ApproxConfig) -> None:
-    """Raise `PackedFormatError` unless every entry of the config has what it describes in one of the files."""
-    found: dict[str, tuple[str, list[int]]] = {}
-    stored: set[str] = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            stored |= set(file.keys())
-            for name in set(file.keys()) & set(config.tensors):
-                part = file.get_slice(name)
-                found[name] = (part.get_dtype(), part.get_shape())
-    for name, spec in config.tensors.items():
-        if name not in found:
-            raise PackedFormatError(f"Packed weight '{name}' is in config.json but in no weight file.")
-        spec.check_stored(name, *found[name])
-    check_buffers(config.activations, stored)
+    """Raise `PackedFormatError` unless all that the config implies is in the files, and undamaged."""
+    headers, index = read_headers(files), index_of(files)
+    with located(Path(files[0]).parent if files else "config.json"):
+        check_contents(config, join_headers(headers, index))
+    verify_tensors(files, config)

@@ -31,6 +31,7 @@ from hf_approx.modules.bank import (
     template_names,
     unshare,
 )
+from hf_approx.packing import is_bank_name
 from hf_approx.targets import refuse_adapters, select_modules
 
 
@@ -104,9 +105,12 @@ class SharingConfig(MethodConfig):
         if self.groups is not None:
             if not isinstance(self.groups, dict) or not self.groups:
                 raise ValueError(f"{where}: groups must map names of banks to patterns, got {self.groups!r}.")
-            wrong = [name for name in self.groups if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name)]
+            wrong = [name for name in self.groups if not is_bank_name(name)]
             if wrong:
-                raise ValueError(f"{where}: a bank's name must be letters, digits, '_' and '-', got {wrong[0]!r}.")
+                raise ValueError(
+                    f"{where}: a bank's name must be letters, digits, '_' and '-', and not an attribute of "
+                    f"modules, got {wrong[0]!r}."
+                )
             if self.target_modules is not None:
                 raise ValueError(f"{where}: groups name their modules themselves: leave out target_modules.")
 
@@ -364,9 +368,9 @@ def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
                 groups.setdefault((kind, shape), {})[name] = module
         for (kind, _), group in groups.items():
             if len(group) > 1:
-                label = re.sub(r"[^\w-]", "-", kind)
+                label = re.sub(r"[^\w-]", "-", kind)[:100]
                 names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
-                banks[next(name for name in names if name not in banks)] = group
+                banks[next(name for name in names if name not in banks and is_bank_name(name))] = group
                 rest = {name: module for name, module in rest.items() if name not in group}
     return banks
 

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_approx.modules.bank import Template
+from hf_approx.structures import feature_dim
+
 NAME = "input_quantizer"
 """The submodule of a layer that quantizes its input."""
 
@@ -66,6 +69,16 @@ class _Rounded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (unit,) = ctx.saved_tensors
         return torch.where((unit >= ctx.low) & (unit <= 1), grads[0], 0.0), None, None
+
+
+def input_channels(layer: nn.Module) -> int | None:
+    """How many channels a layer's input has; None if it is no layer that computes with its input: a lookup, say."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return int(layer.in_channels)
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, (nn.Embedding, Template)) or not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    return int(weight.shape[feature_dim(layer, "in")])
 
 
 def install(layer: nn.Module, quantizer: ActivationQuantizer) -> None:

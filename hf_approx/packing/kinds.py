@@ -5,7 +5,7 @@ from typing import Any
 from hf_approx.packing.quantized import QuantizedSpec
 from hf_approx.packing.shared import SharedSpec
 from hf_approx.packing.sparse import SparseSpec
-from hf_approx.packing.spec import PackedFormatError, TensorSpec
+from hf_approx.packing.spec import PackedFormatError, TensorSpec, check_name, shown
 
 KINDS: dict[str, type[TensorSpec]] = {spec.kind: spec for spec in (SparseSpec, QuantizedSpec, SharedSpec)}
 
@@ -16,8 +16,9 @@ def spec_from_dict(name: str, data: Any) -> TensorSpec:
     Raises:
         PackedFormatError: The kind is unknown, or the entry is not one of this kind.
     """
+    check_name(name)
     fields = dict(data) if isinstance(data, dict) else {}
     kind = fields.pop("kind", SparseSpec.kind)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise PackedFormatError(f"Packed weight '{name}': kind {kind!r} is unknown.")
+        raise PackedFormatError(f"Packed weight '{name}': kind {shown(kind)} is unknown.")
     return KINDS[kind].from_dict(name, fields)

@@ -34,6 +34,7 @@ from hf_approx.packing.spec import (
     check_shape,
     check_whole,
     dtype_name,
+    shown,
 )
 
 Bytes = NDArray[np.uint8]
@@ -128,14 +129,14 @@ class QuantizedSpec(TensorSpec):
             ("weights", self.weights, self.numel),
         ):
             if not isinstance(counts, tuple) or len(counts) != MAX_BITS + 1:
-                raise PackedFormatError(f"{field} is {counts!r}, expected {MAX_BITS + 1} numbers.")
+                raise PackedFormatError(f"{field} is {shown(counts)}, expected {MAX_BITS + 1} numbers.")
             for count in counts:
                 check_whole(field, count, total)
             if sum(counts) != total:
                 raise PackedFormatError(f"{field} is {list(counts)}, expected a sum of {total}.")
         check_whole("masked", self.masked, self.weights[0])
         if not isinstance(self.rice, tuple) or len(self.rice) != len(self.masks):
-            raise PackedFormatError(f"rice is {self.rice!r}, expected {len(self.masks)} numbers.")
+            raise PackedFormatError(f"rice is {shown(self.rice)}, expected {len(self.masks)} numbers.")
         for k, (_, size) in zip(self.rice, self.masks, strict=True):
             check_whole("rice", k, size.bit_length() - 1)
         longest = sum((size >> k) + count for k, (count, size) in zip(self.rice, self.masks, strict=True))

@@ -3,17 +3,22 @@
 The templates are stored once for all layers, as ordinary tensors under names of their own.
 """
 
+import re
 import zlib
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_approx.packing.spec import DTYPES, PackedFormatError, TensorSpec, check_whole, dtype_name
+from hf_approx.packing.spec import DTYPES, PackedFormatError, TensorSpec, check_whole, dtype_name, shown
 
 MAX_TEMPLATES = 1 << 16
 """More templates than this in one bank are taken for damage."""
+MAX_BANK_NAME = 200
+"""So are longer names of banks."""
+
+_TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +51,21 @@ class SharedSpec(TensorSpec):
 
     def check(self) -> None:
         """Raise `PackedFormatError` unless the row can be the coefficients of a bank."""
-        if not isinstance(self.bank, str) or not self.bank or "." in self.bank:
-            raise PackedFormatError(f"bank {self.bank!r} is not the name of a bank.")
+        if not is_bank_name(self.bank):
+            raise PackedFormatError(f"bank {shown(self.bank)} is not the name of a bank.")
         check_whole("templates", self.templates, MAX_TEMPLATES)
         if self.templates == 0 or self.nbytes != self.templates * DTYPES[self.dtype].itemsize:
             raise PackedFormatError(f"{self.nbytes} bytes cannot hold {self.templates} coefficients.")
+
+
+def is_bank_name(name: object) -> bool:
+    """Whether a bank can have this name: letters, digits, '_' and '-', but no attribute of modules, such as `type`."""
+    return (
+        isinstance(name, str)
+        and len(name) <= MAX_BANK_NAME
+        and re.fullmatch(r"[\w-]+", name) is not None
+        and name not in _TAKEN
+    )
 
 
 def pack_shared(

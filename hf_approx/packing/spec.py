@@ -1,6 +1,7 @@
 """What a file says about one packed tensor, checked before any byte of it is used."""
 
 import math
+import reprlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,6 +19,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 MAX_NUMEL = 1 << 40
 """Larger tensors than this (a terabyte of one-byte weights) are taken for damage, not for a model."""
+MAX_DIMS = 8
+"""So are tensors of more dimensions than this,"""
+MAX_NAME = 500
+"""and longer names."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = 9
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 
 class PackedFormatError(ValueError):
@@ -48,7 +57,7 @@ def dtype_from_name(name: str) -> torch.dtype:
         ValueError: The format does not store this dtype.
     """
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"Packed weights are stored as {', '.join(DTYPES)}, not {name!r}.")
+        raise ValueError(f"Packed weights are stored as {', '.join(DTYPES)}, not {shown(name)}.")
     return DTYPES[name]
 
 
@@ -117,6 +126,10 @@ class TensorSpec(ABC):
             raise PackedFormatError("the bytes do not match their checksum")
         return data
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself, as nothing in it can change: transformers copies configs often."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """As stored in `config.json`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -130,6 +143,7 @@ class TensorSpec(ABC):
             PackedFormatError: A field is missing, unknown, of the wrong type or impossible.
         """
         known = [field.name for field in fields(cls)]
+        check_name(name)
         if not isinstance(data, dict) or set(data) != set(known):
             raise PackedFormatError(f"Packed weight '{name}': its entry must have the fields {', '.join(known)}.")
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
@@ -137,7 +151,7 @@ class TensorSpec(ABC):
         try:
             check_shape("shape", spec.shape)
             if spec.numel > MAX_NUMEL:
-                raise PackedFormatError(f"shape {list(spec.shape)} is larger than any weight.")
+                raise PackedFormatError(f"shape {shown(list(spec.shape))} is larger than any weight.")
             check_dtype("dtype", spec.dtype)
             check_whole("nbytes", spec.nbytes, 16 * spec.numel)
             check_whole("crc32", spec.crc32, 2**32 - 1)
@@ -147,19 +161,39 @@ class TensorSpec(ABC):
         return spec
 
 
+def shown(value: object) -> str:
+    """What a file says as a message can show it: short, in one line, without control characters."""
+    return _SHORT.repr(value)
+
+
+def is_name(value: object) -> bool:
+    """Whether the value can be the name of a tensor or a module: printable text of a reasonable length."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_NAME and value.isprintable()
+
+
+def check_name(value: object) -> None:
+    """Raise `PackedFormatError` unless the value can be the name of a tensor or a module."""
+    if not is_name(value):
+        raise PackedFormatError(f"{shown(value)} is not the name of a tensor or a layer.")
+
+
 def check_whole(field: str, value: Any, limit: int) -> None:
     """Raise `PackedFormatError` unless the value is an integer from 0 to `limit`."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise PackedFormatError(f"{field} is {value!r}, expected 0 to {limit}.")
+        raise PackedFormatError(f"{field} is {shown(value)}, expected 0 to {limit}.")
 
 
 def check_shape(field: str, value: Any) -> None:
-    """Raise `PackedFormatError` unless the value is a sequence of positive integers."""
-    if not isinstance(value, tuple) or not value or not all(type(d) is int and d > 0 for d in value):
-        raise PackedFormatError(f"{field} {value!r} is not a list of positive integers.")
+    """Raise `PackedFormatError` unless the value is a sequence of at most `MAX_DIMS` positive integers."""
+    if (
+        not isinstance(value, tuple)
+        or not 0 < len(value) <= MAX_DIMS
+        or not all(type(d) is int and d > 0 for d in value)
+    ):
+        raise PackedFormatError(f"{field} {shown(value)} is not a list of positive integers.")
 
 
 def check_dtype(field: str, value: Any) -> None:
     """Raise `PackedFormatError` unless the value names a dtype that can be stored."""
     if not isinstance(value, str) or value not in DTYPES:
-        raise PackedFormatError(f"{field} {value!r} is unknown.")
+        raise PackedFormatError(f"{field} {shown(value)} is unknown.")
