@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.contents import located
 from hf_approx.checkpoint.places import Names
 from hf_approx.files import write_text
+from hf_approx.headers import Header
 from hf_approx.json_files import read_json
 from hf_approx.layout import CONFIG_FILE
 
@@ -107,23 +107,20 @@ def whole_section(config: ApproxConfig, files: list[str]) -> ApproxConfig:
     return whole
 
 
-def holds_plain(config: ApproxConfig, files: list[str], model: PreTrainedModel, names: Names) -> bool:
+def holds_plain(
+    config: ApproxConfig, headers: Mapping[str, Mapping[str, Header]], model: PreTrainedModel, names: Names
+) -> bool:
     """Whether every weight that should be packed is in the files as it is: they were not written by a packed model.
 
     Args:
         config: What the config says.
-        files: Paths of the weight files.
+        headers: Of the weight files, by file and tensor.
         model: The model that loads them.
         names: Of this model.
     """
     existing = model.state_dict()
-    shapes: dict[str | None, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                part = file.get_slice(name)
-                if part.get_dtype() != "U8":
-                    shapes[names.find(name, existing)] = tuple(part.get_shape())
+    stored = [part for tensors in headers.values() for part in tensors.items()]
+    shapes = {names.find(name, existing): shape for name, (dtype, shape) in stored if dtype != "U8"}
     wanted = {own: spec.shape for n, spec in config.tensors.items() if (own := names.find(n, existing)) is not None}
     return bool(wanted) and all(shapes.get(own) == shape for own, shape in wanted.items())
 

@@ -1,9 +1,8 @@
 """Where the tensors of a packed file belong in the model that loads it, whatever class saved it."""
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -45,11 +44,11 @@ class Names:
         return own
 
 
-def places(files: Iterable[str], packed: Container[str], model: PreTrainedModel, names: Names) -> dict[str, str]:
+def places(stored: Collection[str], packed: Container[str], model: PreTrainedModel, names: Names) -> dict[str, str]:
     """The parameter or buffer that each tensor of the files is for; those for parts the model lacks are left out.
 
     Args:
-        files: Paths of safetensors files.
+        stored: Names of their tensors.
         packed: Names of the tensors that are packed. If such a weight is tied, its parameter is the one that
             transformers writes.
         model: The model that loads the file, with its banks.
@@ -59,15 +58,11 @@ def places(files: Iterable[str], packed: Container[str], model: PreTrainedModel,
         PackedFormatError: A packed tensor has no place although this class saved it, or parameters would start random
             because neither hf_approx nor transformers knows what the file calls them.
     """
-    stored: set[str] = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            stored |= set(file.keys())
     existing = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = model.all_tied_weights_keys
     own = {name: found for name in stored if (found := names.find(name, existing)) is not None}
     own = {name: tied.get(found, found) if name in packed else found for name, found in own.items()}
-    unplaced = sorted(stored - set(own))
+    unplaced = sorted(set(stored) - set(own))
     lost = [name for name in unplaced if name in packed]
     if lost and type(model).__name__ in (model.config.architectures or ()):
         raise PackedFormatError(f"Packed weight '{lost[0]}' does not exist in {type(model).__name__}.")

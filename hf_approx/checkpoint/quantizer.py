@@ -125,8 +125,8 @@ class ApproxQuantizer(HfQuantizer):
         """Check config and files against the model, and find the place of every tensor in it."""
         files = checkpoint_files or []
         self.quantization_config = config = whole_section(self.quantization_config, files)
-        names = Names(model)
-        self._is_plain = holds_plain(config, files, model, names)
+        names, headers = Names(model), read_headers(files)
+        self._is_plain = holds_plain(config, headers, model, names)
         if self._is_plain:
             logger.warning(
                 "%s: config.json says that weights are packed, but they are not: they are loaded as they are, and the "
@@ -134,7 +134,10 @@ class ApproxQuantizer(HfQuantizer):
                 files[0],
             )
             return
-        _check_files(files, config)
+        with located(Path(files[0]).parent if files else "config.json"):
+            stored = join_headers(headers, index_of(files))
+            check_contents(config, stored)
+        verify_tensors(files, config)
         if config.structure is not None:
             try:
                 config.structure = own_description(model, config.structure, names.find)
@@ -143,7 +146,7 @@ class ApproxQuantizer(HfQuantizer):
                 raise PackedFormatError(str(error)) from None
         install_activations(model, config.activations, names)
         install_banks(model, config.tensors, names)
-        self._places = places(files, config.tensors, model, names)
+        self._places = places(stored, config.tensors, model, names)
         config.tensors = {self._places[n]: spec for n, spec in config.tensors.items() if n in self._places}
         params = dict(model.named_parameters(remove_duplicate=False))
         plan = model._get_dtype_plan(kwargs.get("dtype") or model.dtype)
@@ -397,11 +400,3 @@ def _refuse_packed_state(module: nn.Module, state_dict: dict[str, Any], prefix: 
                 "to load the best of them, use ApproxTrainer, or call model.dequantize() before training and "
                 "hf_approx.attach_packing(model, names) after it."
             )
-
-
-def _check_files(files: list[str], config: ApproxConfig) -> None:
-    """Raise `PackedFormatError` unless all that the config implies is in the files, and undamaged."""
-    headers, index = read_headers(files), index_of(files)
-    with located(Path(files[0]).parent if files else "config.json"):
-        check_contents(config, join_headers(headers, index))
-    verify_tensors(files, config)

@@ -1,12 +1,16 @@
 """Reading a whole model folder and writing another one, whole or not at all."""
 
 import json
+import math
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -16,16 +20,22 @@ from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.files import write_bytes, write_text
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.json_files import read_json
-from hf_approx.layout import CARD_FILE, PICTURES, REPORT_FILE
+from hf_approx.layout import CARD_FILE, CONFIG_FILE, PICTURES, REPORT_FILE
 from hf_approx.links import own_file
 from hf_approx.logs import get_logger
 from hf_approx.model_folder import model_files
-from hf_approx.packing import dtype_from_name
+from hf_approx.packing import dtype_from_name, shown
 from hf_approx.remote_code import without_code, without_questions
 from hf_approx.staging import recover, staged
 from hf_approx.text import listed, one_line
 
 logger = get_logger(__name__)
+
+LARGER, SMALL = 10, 1 << 20
+"""A config that describes so many times the weights that are in the files, and more than so many, is damaged: heads
+that are not there, and layers that were cut, are less."""
+MANY_LAYERS = 1000
+"""So is one with so many layers, if there are fewer tensors."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +79,10 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
             own, which is never run.
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype_from_name(dtype)}
-    try:
+    found = inspect_checkpoint(folder)  # before transformers reads what it has no limits for
+    with _described(folder):
+        _check_layers(folder / CONFIG_FILE, read_json(folder / CONFIG_FILE), len(found.rows))
         config = without_questions(transformers.AutoConfig.from_pretrained, folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} is damaged: {one_line(str(error))}") from None
     for name in model_files(folder).others:
         without_code(folder / name)
     other = getattr(config, "quantization_config", None)
@@ -83,7 +93,12 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     name = names[0] if isinstance(names, list) else names
     cls = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (name == "AutoModel" or (isinstance(cls, type) and issubclass(cls, PreTrainedModel))):
-        raise ValueError(f"transformers has no model class {name!r}.")
+        raise ValueError(f"transformers has no model class {shown(name)}.")
+    with _described(folder), torch.device("meta"):
+        empty = transformers.AutoModel.from_config(config) if name == "AutoModel" else cls(config)  # type: ignore[misc]
+    wanted, there = sum(p.numel() for p in empty.parameters()), sum(math.prod(row.shape) for row in found.rows)
+    if wanted > LARGER * max(there, SMALL):
+        raise ValueError(f"{folder / CONFIG_FILE} describes {wanted:,} weights, the weight files have {there:,}.")
     # What transformers raises for other shapes does not say which they are; its report does.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -105,6 +120,29 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
         more = f" and {len(unused) - 1} more" if unused[1:] else ""
         logger.warning("%s has no '%s'%s: left out.", name, one_line(unused[0]), more)
     return model
+
+
+@contextmanager
+def _described(folder: Path) -> Iterator[None]:
+    """Say in one sentence what transformers cannot build from a config that says anything."""
+    try:
+        yield
+    except (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        text = str(error)
+        if not isinstance(error, StrictDataclassError):  # whose further lines say where in the code of torch it was
+            text = f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: {one_line(text)[:300]}") from None
+
+
+def _check_layers(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Raise `ValueError` if a config asks for far more layers than there are tensors: building them takes hours."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_layers(path, value, tensors)
+        elif re.search(r"layers?$", key) and isinstance(value, int) and value > max(tensors, MANY_LAYERS):
+            raise ValueError(
+                f"{path} is damaged: {shown(key)} is {shown(value)}, and the weight files have {tensors} tensors."
+            )
 
 
 def _of_stack(key: str, model: PreTrainedModel) -> bool:
