@@ -70,7 +70,7 @@ def truthful(model: PreTrainedModel) -> Iterator[ApproxConfig | None]:
         own = training if isinstance(training, ApproxConfig) and training.training else None
     for part, section in said:
         if section is None or is_claim(section):
-            _set(part, own if part is model.config else (own and ApproxConfig()))
+            _set(part, own if part is model.config or own is None else ApproxConfig(training=own.training))
     try:
         yield own
     finally:

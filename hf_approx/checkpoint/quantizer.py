@@ -117,7 +117,7 @@ class ApproxQuantizer(HfQuantizer):
         """Those of a packed file: every tensor to its place, every packed one decoded."""
         if self._is_plain:
             return weight_conversions
-        return [Placing(self._places), Unpacking(self.quantization_config.tensors, self._decode)]
+        return [Placing(self._places), Unpacking(self._dtypes, self._decode)]
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -150,21 +150,28 @@ class ApproxQuantizer(HfQuantizer):
         config.tensors = {self._places[n]: spec for n, spec in config.tensors.items() if n in self._places}
         params = dict(model.named_parameters(remove_duplicate=False))
         plan = model._get_dtype_plan(kwargs.get("dtype") or model.dtype)
+        kept_wide = build_glob_alternation(list(plan))[0].search if plan else lambda name: None
+        self._dtypes = {
+            name: torch.float32 if kept_wide(name) else param.dtype
+            for name, param in params.items()
+            if param.is_floating_point()
+        }
         for name, spec in config.tensors.items():
             shape = list(params[name].shape) if name in params else "no parameter of that name"
             if shape != list(spec.shape):
                 raise PackedFormatError(
                     f"Packed weight '{name}': the file says shape {list(spec.shape)}, the model has {shape}."
                 )
-            kept_wide = plan and build_glob_alternation(list(plan))[0].search(name)
-            self._dtypes[name] = torch.float32 if kept_wide else params[name].dtype
 
     def _decode(self, model: PreTrainedModel, name: str, row: Tensor) -> Tensor:
-        """What transformers puts in the place of a packed parameter: the weight, in the dtype it has in the model.
+        """What transformers puts in the place of a parameter: the weight, in the dtype it has in the model.
 
-        For weights that stay packed it is zeros that take no memory, until the model is complete.
+        For weights that stay packed it is zeros that take no memory, until the model is complete. transformers 5.17
+        leaves those that were renamed in the dtype of the file.
         """
-        spec, dtype = self.quantization_config.tensors[name], self._dtypes[name]
+        spec, dtype = self.quantization_config.tensors.get(name), self._dtypes[name]
+        if spec is None:
+            return row.to(dtype)
         self._rows[name] = None
         try:
             if isinstance(spec, SharedSpec) or self._runs_packed(model, name, row):
