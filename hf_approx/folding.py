@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing
+from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.similarity import Space, gram, locate, similarity_of
 from hf_approx.modules.bank import (
     SharedLayers,
@@ -103,8 +104,8 @@ def fold(
         What became of the layers.
 
     Raises:
-        ValueError: The model shares no weights, another method works on its templates, or an argument is out of
-            range. The model is unchanged.
+        ValueError: The model shares no weights, a weight is NaN or infinite, another method works on its templates, or
+            an argument is out of range. The model is unchanged.
     """
     if threshold is not None and layers is not None:
         raise ValueError("fold: give threshold or layers, not both.")
@@ -114,6 +115,7 @@ def fold(
         raise ValueError(f"fold: layers must be a whole number above 0, got {layers!r}.")
     if space not in ("coefficients", "weights"):
         raise ValueError(f"fold: space must be 'coefficients' or 'weights', got {space!r}.")
+    refuse_not_finite("fold", model)
     prefix = bank_prefix(model)
     # What is mixed into templates, not layers, was folded before: only its users can be folded on.
     banks = {

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_approx.checkpoint import ApproxQuantizer, attach_packing
 from hf_approx.checkpoint.zeros import note_zeros
+from hf_approx.finite import NotFiniteError, Suspect
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.methods.base import method_configs
@@ -31,6 +32,7 @@ from hf_approx.packing import SharedSpec, TensorSpec, dtype_from_name
 from hf_approx.packing.grid import Grid, round_to_grid
 from hf_approx.report import Recorder, average_bits, describe_layers
 from hf_approx.trainer_checkpoint import CheckpointMixin, as_json, identity
+from hf_approx.trainer_divergence import _Watch
 from hf_approx.trainer_sharded import sharding_problem
 
 logger = get_logger(__name__)
@@ -42,17 +44,22 @@ class _Schedule(TrainerCallback):
     Args:
         methods: Those of the trainer; they rest once they are finalized.
         finish: Finalizes, and logs what came of it. Called before any tracker closes its run.
+        check: Says when training diverged, if it did.
     """
 
-    def __init__(self, methods: Sequence[Method], finish: Callable[[], None]) -> None:
-        self.methods, self.finish = methods, finish
+    def __init__(self, methods: Sequence[Method], finish: Callable[[], None], check: Callable[[], None]) -> None:
+        self.methods, self.finish, self.check = methods, finish, check
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         progress = state.global_step / max(state.max_steps - 1, 1)
         for method in self.methods:
-            method.on_step(progress)
+            try:
+                method.on_step(progress)
+            except NotFiniteError:
+                self.check()
+                raise
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -141,8 +148,9 @@ class ApproxTrainerMixin(CheckpointMixin):
         if sharded:
             self._prepare_sharding(self.methods)
         self._recorder = Recorder(self.methods)
-        self._schedule = _Schedule(self.methods, self._end_training)
-        trainer.callback_handler.callbacks.insert(0, self._schedule)
+        self._suspect = Suspect()
+        self._schedule = _Schedule(self.methods, self._end_training, self.refuse_diverged)
+        trainer.callback_handler.callbacks[:0] = [_Watch(self), self._schedule]
 
     def _refuse_unsupported(self) -> None:
         trainer, name = cast(Trainer, self), type(self).__name__
@@ -271,6 +279,8 @@ class ApproxTrainerMixin(CheckpointMixin):
         """Add the methods' numbers to each training log."""
         if "loss" in logs and not self._finalized:
             logs.update(self._recorder.record(cast(Trainer, self).state.global_step))
+        if "loss" in logs:
+            self._look()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -284,6 +294,7 @@ class ApproxTrainerMixin(CheckpointMixin):
 
         Raises:
             ValueError: The checkpoint was not written to its end, or does not fit this run.
+            NotFiniteError: Training diverged: a weight is NaN or infinite. The checkpoints before that are left.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         note_zeros(self._plain_model)
@@ -295,7 +306,10 @@ class ApproxTrainerMixin(CheckpointMixin):
             )
         self.forget_evaluation()
         self._measured = {}
-        return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            cast(Trainer, self).is_in_train = False
 
     def _end_training(self) -> None:
         if not self._finalized or self._repack:
@@ -316,12 +330,16 @@ class ApproxTrainerMixin(CheckpointMixin):
         """Bake the methods in now; `train` calls it. Returns and keeps (`approx_report`) what was done.
 
         On a sharded model all processes must call it.
+
+        Raises:
+            NotFiniteError: A weight is NaN or infinite. Nothing is baked.
         """
         trainer = cast(Trainer, self)
         # Schedule-free optimizers train other weights than those that are to be kept.
         evaluate = getattr(trainer.optimizer, "eval", None)
         if callable(evaluate):
             evaluate()
+        self.refuse_diverged(everywhere=False)
         if not self._finalized and not all(method.is_final or method.after_training for method in self.methods):
             logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
             for method in self.methods:

@@ -22,22 +22,22 @@ from hf_approx.methods import Method
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.staging import recover, staged
+from hf_approx.trainer_divergence import DivergenceMixin
 from hf_approx.trainer_files import (
     STATE_FILE,
     check_files,
+    complete_checkpoints,
     fingerprints,
     is_complete,
     read_state,
-    step_of,
     written_files,
 )
 from hf_approx.trainer_hub import HubMixin, remove_report
-from hf_approx.trainer_sharded import ShardedMixin
 
 logger = get_logger(__name__)
 
 
-class CheckpointMixin(ShardedMixin, HubMixin):
+class CheckpointMixin(DivergenceMixin, HubMixin):
     """The part of `ApproxTrainerMixin` that saves and resumes."""
 
     methods: Sequence[Method]
@@ -104,8 +104,12 @@ class CheckpointMixin(ShardedMixin, HubMixin):
         """As of `Trainer`; a sharded model is saved by the first process once it is finished.
 
         What training goes on from is written elsewhere, so that an unfinished one is not gathered here.
+
+        Raises:
+            NotFiniteError: A weight is NaN or infinite. Nothing is written.
         """
         trainer = cast(Trainer, self)
+        self.refuse_diverged(everywhere=False)
         if self._twin is None:
             super().save_model(output_dir, _internal_call)  # type: ignore[misc]
             return
@@ -156,7 +160,7 @@ class CheckpointMixin(ShardedMixin, HubMixin):
         run = Path(cast(str, cast(Trainer, self).args.output_dir))
         for folder in [run, *([Path(asked).parent] if isinstance(asked, str) else [])]:
             recover(folder)
-        complete = sorted((p for p in run.glob("checkpoint-*") if step_of(p) >= 0 and is_complete(p)), key=step_of)
+        complete = complete_checkpoints(run)
         last = str(complete[-1]) if complete else None
         if isinstance(asked, str):
             if os.path.isdir(asked) and not is_complete(Path(asked)):
@@ -182,6 +186,7 @@ class CheckpointMixin(ShardedMixin, HubMixin):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer = cast(Trainer, self)
+        self.refuse_diverged()
         if trainer.args.should_save:
             # The last file of a checkpoint says that the others are there, which those of an earlier run do not.
             folder = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"

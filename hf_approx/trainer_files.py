@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE_FILE = "approx_state.json"
 """What `Trainer` does not write: the state of the methods, and of which files and step this checkpoint is."""
@@ -108,6 +109,12 @@ def is_complete(checkpoint: Path) -> bool:
         return isinstance(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Those in the folder of a run that were written to their end, the last step last."""
+    found = (path for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if step_of(path) >= 0 and is_complete(path))
+    return sorted(found, key=step_of)
 
 
 def check_whole(path: Path) -> None:

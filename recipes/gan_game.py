@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
+from hf_approx.finite import refuse_not_finite
 from hf_approx.loops.states import MARK, begin_state, end_state, saved_states
 from hf_approx.methods import Method
 from hf_approx.optim import CompositeOptimizer
@@ -219,6 +220,8 @@ class Game:
 
     def _evaluate(self, bar: tqdm) -> None:
         """Measure the generator without noise and add that to the curve."""
+        for player in (self.generator, self.discriminator):
+            refuse_not_finite(f"{self.name}, step {self.step}", player.plain)
         if self.accelerator.is_main_process:
             found = self.distance(generate(self.generator.plain, self.config.samples))
             numbers = [method.metrics() for method in self.generator.methods]
@@ -246,6 +249,8 @@ class Game:
         """Write the state, then delete older ones."""
         if self.checkpoints is None:
             return
+        for player in (self.generator, self.discriminator):
+            refuse_not_finite(f"{self.name}, step {self.step}", player.plain)
         folder = self.checkpoints / f"step-{self.step}"
         if self.accelerator.is_main_process:
             begin_state(folder)

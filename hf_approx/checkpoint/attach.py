@@ -12,6 +12,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
 from hf_approx.checkpoint.shared import pack_sharing
 from hf_approx.checkpoint.zeros import keep_zeros
+from hf_approx.finite import refuse_not_finite
 from hf_approx.packing import (
     Grid,
     SharedSpec,
@@ -52,7 +53,8 @@ def attach_packing(
 
     Raises:
         ValueError: The model is no `PreTrainedModel`, a name is no parameter, a value overflows the stored dtype, a
-            grid does not fit its weight, or the model has PEFT adapters. The model is unchanged.
+            grid does not fit its weight, a weight is NaN or infinite, or the model has PEFT adapters. The model is
+            unchanged.
     """
     refuse_adapters(model)
     if not isinstance(model, PreTrainedModel):
@@ -81,6 +83,7 @@ def attach_packing(
         raise ValueError(
             f"attach_packing: transformers never saves '{lost[0]}', {type(model).__name__} computes it; leave it out."
         )
+    refuse_not_finite("attach_packing", model)
     dtype = dtype_from_name(store_dtype) if store_dtype else None
     tied = model.all_tied_weights_keys
     own_grids = {tied.get(name, name): Grid(g.bits.cpu(), g.scale.cpu()) for name, g in (grids or {}).items()}

@@ -27,6 +27,7 @@ from hf_approx.checkpoint.places import Names, Placing, places
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
 from hf_approx.checkpoint.unpacking import Unpacking
 from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
+from hf_approx.finite import refuse_not_finite
 from hf_approx.headers import join_headers
 from hf_approx.logs import get_logger
 from hf_approx.modules import MAX_DENSITY, SparseLinear
@@ -275,6 +276,7 @@ class ApproxQuantizer(HfQuantizer):
                 f"{type(model).__name__} has PEFT adapters in it: save those with PeftModel.save_pretrained, and this "
                 "model after unload()."
             )
+        refuse_not_finite("save_pretrained", model)
         config = self.quantization_config
         dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
         tensors = model.state_dict(keep_vars=True)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import QUANT_METHOD
 from hf_approx.files import write_bytes, write_text
+from hf_approx.finite import refuse_not_finite
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.json_files import read_json
 from hf_approx.layout import CARD_FILE, CONFIG_FILE, PICTURES, REPORT_FILE
@@ -75,8 +76,8 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
 
     Raises:
         ValueError: Its config is damaged or names no class that transformers has, another library quantized it, or
-            the folder holds another model or less than a whole one, or there is no such dtype; or it needs code of its
-            own, which is never run.
+            the folder holds another model or less than a whole one, a weight is NaN or infinite, or there is no such
+            dtype; or it needs code of its own, which is never run.
     """
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype_from_name(dtype)}
     found = inspect_checkpoint(folder)  # before transformers reads what it has no limits for
@@ -110,6 +111,7 @@ def load_model(folder: Path, dtype: str | None = None) -> PreTrainedModel:
     wrong += [f"'{key}' is missing" for key in sorted(report["missing_keys"])]
     if wrong:
         raise ValueError(f"'{folder}' does not hold a complete {name}: {one_line(wrong[0])}.")
+    refuse_not_finite(f"'{folder}' is no model to go on from", model)
     unused = sorted(report["unexpected_keys"])
     # Heads of another training and buffers of another release are none of this model's; layers are, and a head may be
     # where the class is only a guess.

@@ -4,6 +4,7 @@ Nothing is known of the task: the loss is how far the outputs are from those the
 this project's way to use SMOL on models that cannot be trained again, and not in the paper.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from hf_approx.finite import NotFiniteError, refuse_not_finite
 from hf_approx.loops.distillation import Fidelity, Outputs
 from hf_approx.methods import Smol, SmolConfig
 from hf_approx.packing import Grid
@@ -77,7 +79,8 @@ def calibrate(
             shard the model.
 
     Raises:
-        ValueError: The config, the batches or the accelerator do not fit. The model is then unchanged.
+        ValueError: The config, the batches or the accelerator do not fit, a weight is not finite, or the loss is not
+            at some step. The model is then unchanged.
     """
     _check_config("calibrate", config)
     for name, batches in {"loader": loader, **({} if held_out is None else {"held_out": held_out})}.items():
@@ -99,6 +102,7 @@ def calibrate(
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(f"calibrate: steps must be a whole number >= 2, got {steps!r}.")
     config = replace(config or SmolConfig(), train_weights=False)
+    refuse_not_finite("calibrate", model)
     with _borrowed(model, accelerator):
         rounded = None
         if held_out is not None and config.target_bits is not None:
@@ -134,6 +138,7 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
         ValueError: The config does not fit the model or wants `activations`. The model is then unchanged.
     """
     _check_config("round_weights", config)
+    refuse_not_finite("round_weights", model)
     config = config or SmolConfig()
     if config.activations:
         raise ValueError(
@@ -212,10 +217,16 @@ def _train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"calibrate: the loss is {value} at step {step + 1} of {steps}, and the model is as it was; give "
+                "SmolConfig smaller learning rates, or look for inputs that are not finite."
+            )
         if accelerator.trackers:
-            numbers = {"loss": float(loss.detach()), **method.metrics()}
+            numbers = {"loss": value, **method.metrics()}
             accelerator.log({f"calibration/{name}": value for name, value in numbers.items()}, step=step)
-        bar.set_postfix(loss=f"{float(loss.detach()):.4g}", refresh=False)
+        bar.set_postfix(loss=f"{value:.4g}", refresh=False)
         bar.update()
     bar.close()
     method.settle()

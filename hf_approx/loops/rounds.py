@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hf_approx.finite import refuse_not_finite
 from hf_approx.loops.states import MARK, saved_states
 from hf_approx.methods import Method, MethodConfig, SparsificationConfig
 
@@ -150,7 +151,7 @@ class Rounds(ABC):
         """Search, rewind, train the ticket."""
         rounds = self.config.rounds
         while self.searching:
-            loss = self._train(f"round {self.round + 1} of {rounds}")
+            loss = self._whole(f"round {self.round + 1} of {rounds}")
             if not self.early:
                 raise ValueError("The first round ended before the step whose weights the ticket starts from.")
             self._note({**self.method.metrics(), "metric": self._evaluate(), "loss": loss})
@@ -162,7 +163,7 @@ class Rounds(ABC):
         self._rewind()
         supermask = metric = self._evaluate()
         if trains := bool(self.weights()):
-            loss = self._train("ticket")
+            loss = self._whole("ticket")
             numbers = self.method.metrics()
         names = self._finalize()
         if trains:
@@ -172,6 +173,12 @@ class Rounds(ABC):
         kept = sum(int(params[name].count_nonzero()) for name in names)
         sparsity = 1 - kept / sum(params[name].numel() for name in names)
         return Ticket(sparsity, supermask, metric, names, self.history)
+
+    def _whole(self, name: str) -> float:
+        """One training, after which every weight is finite; the state of the round before stays the last one else."""
+        loss = self._train(name)
+        refuse_not_finite(f"Ticket search, {name}", self.plain)
+        return loss
 
     def weights(self) -> list[nn.Parameter]:
         """What a task's optimizer trains: neither scores nor frozen weights."""

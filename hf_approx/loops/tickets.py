@@ -1,5 +1,6 @@
 """Ticket search as a loop on accelerate, for any model, data and optimizer."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,7 +143,8 @@ class TicketSearch(Rounds):
 
 
 def pareto_front(tickets: Sequence[Ticket]) -> list[Ticket]:
-    """The tickets that no other beats in both sparsity and metric, sparsest last."""
+    """The tickets that no other beats in both sparsity and metric, sparsest last; none whose metric is NaN."""
+    tickets = [ticket for ticket in tickets if not math.isnan(ticket.metric)]
     front = [
         t
         for t in tickets

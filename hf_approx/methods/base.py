@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_approx.checkpoint.saving import METHOD
+from hf_approx.finite import refuse_not_finite
 from hf_approx.modules.sharded import is_sharded, reshard, whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Patterns, refuse_adapters, select_modules
@@ -95,11 +96,12 @@ class Method(ABC):
             earlier: Methods that were attached to the model before, in their order.
 
         Raises:
-            ValueError: The config does not fit the model, or the methods do not stack.
+            ValueError: The config does not fit the model, the methods do not stack, or a target weight is not finite.
         """
         self._check_company(model, earlier)
         refuse_adapters(model)
         selected = self.select(model)
+        refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in selected.items()))
         for name, module in selected.items():
             self._check_stack(name, module, earlier)
         self.check(list(selected))
@@ -251,6 +253,10 @@ class Method(ABC):
 
         `removed` then says how many more weights are gone altogether. Where several methods work on a model, all
         must `bake` before any does `remove`, and those that rename modules come last.
+
+        Raises:
+            NotFiniteError: A weight of the model, or a number the method has learned, is NaN or infinite: training
+                diverged. Nothing is baked then.
         """
         return self.remove(self.bake())
 
@@ -272,8 +278,11 @@ class Method(ABC):
 
     def bake(self) -> list[str]:
         """Leave plain weights in the place of the parametrized ones; returns the names of those compressed."""
+        self.refuse_diverged()
         if not self.is_final:
             self.settle()
+        with torch.no_grad():
+            refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in self.modules.items()))
         for module in self.modules.values():
             if not parametrize.is_parametrized(module, "weight"):
                 continue  # baked by a later method of the stack
@@ -283,6 +292,11 @@ class Method(ABC):
             # A pruned weight is +0.0, never -0.0, so that packing loses no bit.
             module.get_parameter("weight").data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
         return [f"{name}.weight" for name in self.modules]
+
+    def refuse_diverged(self) -> None:
+        """Raise `NotFiniteError` if anything in the model is NaN, or infinite where it must not be."""
+        if self.root is not None:
+            refuse_not_finite(self.name, self.root)
 
     def histogram(self) -> list[int] | None:
         """Counts of the mask values in `HISTOGRAM_BINS` bins from 0 to 1, for methods with soft masks."""

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_approx.finite import NotFiniteError
 from hf_approx.modules.sharded import by_piece, every, piece, totals
 from hf_approx.targets import matches
 
@@ -89,11 +90,15 @@ QUANTILE_SAMPLE = 1 << 18
 
 
 def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
-    """The value that about the given share of the entries is not above, from an evenly spaced sample."""
+    """The value that about the given share of the entries is not above, from an evenly spaced sample.
+
+    NaN if one of the sample is: it is above or below no other.
+    """
     # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
     stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
     sample = torch.cat([every(s.detach(), stride) for s in scores])
-    return sample.kthvalue(max(round(sparsity * sample.numel()), 1)).values
+    value = sample.kthvalue(max(round(sparsity * sample.numel()), 1)).values
+    return torch.where(sample.isnan().any(), torch.nan, value)
 
 
 def global_top_k(tensors: Sequence[Tensor], keep: int) -> list[Tensor]:
@@ -101,8 +106,14 @@ def global_top_k(tensors: Sequence[Tensor], keep: int) -> list[Tensor]:
 
     The smallest entry kept is found by bisection, which only counts: the tensors may be split over processes, and the
     masks are those of the pieces here.
+
+    Raises:
+        NotFiniteError: One is NaN, which is larger and smaller than no other.
     """
-    keys = [_ordered(piece(t.detach())) for t in tensors]
+    pieces = [piece(t.detach()) for t in tensors]
+    if int(totals([p.isnan().sum() for p in pieces], tensors).sum()):
+        raise NotFiniteError("Numbers that are to be ranked are NaN: training diverged.")
+    keys = [_ordered(p) for p in pieces]
     if keep <= 0:
         return [torch.zeros_like(key, dtype=torch.bool) for key in keys]
     low, high = -(1 << 31), (1 << 31) - 1

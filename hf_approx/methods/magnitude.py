@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig, trained_weight
 from hf_approx.methods.budget import Group, Scope, Target, check_fraction, check_target, plan, top_masks
 from hf_approx.modules.sharded import joined
@@ -139,6 +140,8 @@ class MagnitudePruning(Method):
     def _order(self) -> list[Tensor]:
         weights = [trained_weight(module) for module in self.modules.values()]
         if self._config.criterion == "magnitude":
+            # A weight that is NaN would rank above all others, and one such layer take the place of all the rest.
+            refuse_not_finite(self.name, zip((f"{name}.weight" for name in self.modules), weights, strict=True))
             return [weight.abs() for weight in weights]
         generator = torch.Generator().manual_seed(self._config.seed)
         return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]

@@ -80,6 +80,7 @@ class SigmoidMask(nn.Module):
     """
 
     temperature: Tensor
+    may_be_infinite = ("scores",)
 
     def __init__(self, scores: Tensor, temperature: float, scale: float = 1.0, layout: Layout | None = None) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import Target, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
 from hf_approx.modules.sharded import piece, totals, whole
@@ -64,6 +65,7 @@ class MovementMask(nn.Module):
     """
 
     threshold: Tensor
+    may_be_infinite = ("scores", "threshold")
 
     def __init__(self, weight: Tensor, start: float) -> None:
         super().__init__()
@@ -141,6 +143,9 @@ class MovementPruning(Method):
     @torch.no_grad()
     def settle(self) -> None:
         """Keep the top scores and fix that mask."""
+        if not self._settled:
+            scores = (mask.scores for mask in self.masks)
+            refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.modules), scores, strict=True))
         self.reshard()
         groups = plan(list(self.modules), self._config.target_sparsity, "global")
         for mask, keep in zip(self.masks, top_masks([m.scores for m in self.masks], groups), strict=True):

@@ -53,7 +53,7 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
         most: Largest precision.
 
     Returns:
-        The shift.
+        The shift; NaN, and nothing is shifted, if a limit is not finite.
     """
     stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
     sample = torch.cat([every(s, stride) for s in limits]).double()
@@ -61,6 +61,8 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
     low, high = initial_limit(most), initial_limit(least)
     # The average falls as the shift grows; its slope changes where limits reach the clamp, so bisection is safest.
     left, right = low - float(sample.max()), high - float(sample.min())
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return math.nan
     total = weight.sum()
     for _ in range(40):
         middle = (left + right) / 2

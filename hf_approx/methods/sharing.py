@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.finite import refuse_not_finite
+from hf_approx.methods.base import Method, MethodConfig, effective_weight
 from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
 from hf_approx.modules.bank import (
     SharedLayers,
@@ -147,6 +148,8 @@ class SoftSharing(Method):
         self._check_company(model, earlier)
         refuse_adapters(model)
         banks, sizes = self._plan(model)
+        targets = {f"{name}.weight": module for modules in banks.values() for name, module in modules.items()}
+        refuse_not_finite(self.name, ((name, module.get_parameter("weight")) for name, module in targets.items()))
         self.model = self.root = model
         self.banks = {name: list(modules) for name, modules in banks.items()}
         self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
@@ -293,6 +296,9 @@ class SoftSharing(Method):
 
     def bake(self) -> list[str]:
         """Leave the weights shared; returns the names of the templates."""
+        self.refuse_diverged()
+        with torch.no_grad():
+            refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in self.modules.items()))
         self._dense = {}
         return template_names(self.model)
 

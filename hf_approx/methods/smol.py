@@ -7,15 +7,17 @@ Where the text of the paper could not be read, the equations are this project's 
 the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
-from hf_approx.methods.base import Method, effective_weight, incoming_weight, trained_parameter
+from hf_approx.methods.base import Method, effective_weight, incoming_weight, trained_parameter, trained_weight
 from hf_approx.methods.budget import cubic_ramp, plan
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.noise import NoisyWeight
@@ -212,7 +214,9 @@ class Smol(GridMethod):
             if budget.target is not None:
                 start = max(self._config.initial_bits, budget.target)
                 wanted = start + (budget.target - start) * cubic_ramp(fraction, 1.0)
-                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
+                shift = steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
+                if math.isnan(shift):
+                    self._refuse_learned()
 
     def on_gradients(self) -> None:
         """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""
@@ -237,6 +241,7 @@ class Smol(GridMethod):
         if self._settled:
             return
         self.reshard()
+        self._refuse_learned()
         targets = list(zip(self.modules.values(), self.noises, strict=True))
         kept = [reduce((incoming_weight(m, p) != 0).float(), p.bits.shape) for m, p in targets]
         for budget, (members, _) in zip(self.budgets, self._groups(), strict=False):
@@ -249,6 +254,15 @@ class Smol(GridMethod):
         self._settled = True
         self._tell()
         self._compare_budgets(kept)
+
+    def _refuse_learned(self) -> None:
+        """Raise `NotFiniteError` if a weight, or a number that is learned about one, is NaN or infinite."""
+        tensors = [(f"{name}.weight", trained_weight(module)) for name, module in self.modules.items()]
+        for kind in ("limits", "log_scale"):
+            tensors += [(f"{n}.{kind}", getattr(p, kind)) for n, p in zip(self.modules, self.noises, strict=True)]
+        for kind in ("limits", "log_limit"):
+            tensors += [(f"{n}.input.{kind}", getattr(q, kind)) for n, q in self.activations.items()]
+        refuse_not_finite(self.name, tensors)
 
     def _compare_budgets(self, kept: Sequence[Tensor]) -> None:
         """Warn of targets that the parts were too coarse to meet, counting these weights of every part."""

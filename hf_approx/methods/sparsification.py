@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_approx.blocks import Blocks, block_sizes, find_blocks, moved, remove_blocks, weights_of
+from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import HISTOGRAM_BINS, Method
 from hf_approx.methods.budget import Group, Scope, global_top_k, plan, top_masks
 from hf_approx.methods.layers import BlockMask
@@ -186,6 +187,13 @@ class ContinuousSparsification(Method):
             self._force = lower_fours(list(self.modules.values()), self.masks, fraction, level)
         else:
             self._force = lower(self.masks, self._groups(), fraction, level)
+        if math.isnan(self._force):
+            self._refuse_scores()
+
+    def _refuse_scores(self) -> None:
+        """Raise `NotFiniteError` if a score is NaN or infinite, before the mask is fixed."""
+        scores = (mask.scores for mask in self.masks)
+        refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.modules), scores, strict=True))
 
     def _groups(self) -> list[Group]:
         target = self._config.target_sparsity
@@ -217,6 +225,8 @@ class ContinuousSparsification(Method):
     def settle(self) -> None:
         """Harden: keep scores above zero or, with a target, the top scores over all layers."""
         self.reshard()
+        if not self._settled:
+            self._refuse_scores()
         masks = self.masks
         scores = [mask.scores for mask in masks]
         kept = [piece(s) > 0 for s in scores]
@@ -237,6 +247,7 @@ class ContinuousSparsification(Method):
 
     def bake(self) -> list[str]:
         """Leave masked weights; for structures, returns the weights of every layer they are part of or hold."""
+        self.refuse_diverged()
         if not self._settled:
             self.settle()
         self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}

@@ -5,6 +5,7 @@ what a penalty on the mask would have to reach: a force equal on all scores, who
 tuned.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,16 +39,18 @@ def lower(masks: Sequence[SigmoidMask], groups: Sequence[Group], fraction: float
         level: Of `resting_level`.
 
     Returns:
-        What was taken off the scores of the last group.
+        What was taken off the scores of the last group; NaN, and no more is taken off, if a score is NaN.
     """
     force = 0.0
     for group in groups:
         wanted = cubic_ramp(fraction, group.target)
         if wanted > 0:
             number = threshold([masks[i].scores for i in group.members], wanted) - level
+            force = float(number)
+            if math.isnan(force):
+                return force
             for i in group.members:
                 piece(masks[i].scores).sub_(number)
-            force = float(number)
     return force
 
 
@@ -59,9 +62,11 @@ def lower_fours(layers: Sequence[nn.Module], masks: Sequence[SigmoidMask], fract
         scores = whole(mask.scores.detach())
         fours = in_fours(layer, scores)
         middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
+        force = float(torch.where(scores.isnan().any(), math.nan, middle.mean()))
+        if math.isnan(force):
+            return force
         fours.sub_(middle * cubic_ramp(fraction, 1.0))
         write(mask.scores, scores)
-        force = float(middle.mean())
     return force
 
 

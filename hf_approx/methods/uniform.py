@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import MethodConfig, effective_weight, incoming_weight
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, fit_scale, parts_shape
@@ -105,9 +106,10 @@ class UniformQuantization(GridMethod):
     def settle(self) -> None:
         """Round weights that are not rounded yet; bits are fixed from the start."""
         self.reshard()
-        for name, rounding in self.parametrizations.items():
-            if isinstance(rounding, LateGridWeight) and rounding.late:
-                rounding.round(incoming_weight(self.modules[name], rounding))
+        late = {n: p for n, p in self.parametrizations.items() if isinstance(p, LateGridWeight) and p.late}
+        refuse_not_finite(self.name, ((f"{n}.weight", incoming_weight(self.modules[n], p)) for n, p in late.items()))
+        for name, rounding in late.items():
+            rounding.round(incoming_weight(self.modules[name], rounding))
 
     @property
     def is_final(self) -> bool:
