@@ -30,7 +30,7 @@ def refuse_not_finite(where: str, tensors: nn.Module | Iterable[tuple[str, Tenso
     """
     found = first_not_finite(tensors)
     if found is not None:
-        raise NotFiniteError(f"{where}: {found}, which is what training that diverged leaves; nothing was changed.")
+        raise NotFiniteError(f"{where}: {found}, as training that diverged leaves it.")
 
 
 def first_not_finite(tensors: nn.Module | Iterable[tuple[str, Tensor]]) -> str | None:

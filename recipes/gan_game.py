@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
-from hf_approx.finite import refuse_not_finite
+from hf_approx.finite import NotFiniteError, refuse_not_finite
 from hf_approx.loops.states import MARK, begin_state, end_state, saved_states
 from hf_approx.methods import Method
 from hf_approx.optim import CompositeOptimizer
@@ -200,17 +200,10 @@ class Game:
         if self.step == 0:
             self._evaluate(bar)
         while self.step < config.steps:
-            for i in range(config.n_critic):
-                turn = self.step * config.n_critic + i
-                self.losses["discriminator"] = self.discriminator.step(turn, self._discriminator_loss)
-            self.losses["generator"] = self.generator.step(self.step, self._generator_loss)
-            self.step += 1
-            bar.update()
-            last = self.step == config.steps
-            if self.step % config.evaluate_every == 0 or last:
-                self._evaluate(bar)
-            if config.save_every is not None and (self.step % config.save_every == 0 or last):
-                self._save()
+            try:
+                self._turn(bar)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{self.name}: training diverged by step {self.step}: {error}") from None
         bar.close()
         model = accelerator.unwrap_model(self.generator.model, keep_fp32_wrapper=False)
         for buffer in model.buffers():
@@ -218,10 +211,28 @@ class Game:
             buffer.copy_(broadcast(buffer))
         return model
 
+    def _turn(self, bar: tqdm) -> None:
+        """One step of the generator, after those of the discriminator."""
+        config = self.config
+        for i in range(config.n_critic):
+            turn = self.step * config.n_critic + i
+            self.losses["discriminator"] = self.discriminator.step(turn, self._discriminator_loss)
+        self.losses["generator"] = self.generator.step(self.step, self._generator_loss)
+        self.step += 1
+        bar.update()
+        last = self.step == config.steps
+        if self.step % config.evaluate_every == 0 or last:
+            self._evaluate(bar)
+        if config.save_every is not None and (self.step % config.save_every == 0 or last):
+            self._save()
+
+    def _refuse_diverged(self) -> None:
+        refuse_not_finite("generator", self.generator.plain)
+        refuse_not_finite("discriminator", self.discriminator.plain)
+
     def _evaluate(self, bar: tqdm) -> None:
         """Measure the generator without noise and add that to the curve."""
-        for player in (self.generator, self.discriminator):
-            refuse_not_finite(f"{self.name}, step {self.step}", player.plain)
+        self._refuse_diverged()
         if self.accelerator.is_main_process:
             found = self.distance(generate(self.generator.plain, self.config.samples))
             numbers = [method.metrics() for method in self.generator.methods]
@@ -249,8 +260,7 @@ class Game:
         """Write the state, then delete older ones."""
         if self.checkpoints is None:
             return
-        for player in (self.generator, self.discriminator):
-            refuse_not_finite(f"{self.name}, step {self.step}", player.plain)
+        self._refuse_diverged()
         folder = self.checkpoints / f"step-{self.step}"
         if self.accelerator.is_main_process:
             begin_state(folder)

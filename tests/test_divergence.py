@@ -146,9 +146,9 @@ def tensor(ending):
 @pytest.mark.parametrize("last", [False, True])
 def test_whatever_is_learned_is_looked_at(tmp_path, ending, approx, last):
     """Once spoiled in the middle, where the loss becomes NaN by itself, and once after the last step."""
-    trainer = make_trainer("bert", tmp_path, approx, max_steps=3)
+    trainer = make_trainer("bert", tmp_path, approx, max_steps=4)
     name = next(n for n, _ in trainer.model.named_parameters() if n.endswith(ending))
-    step = 3 if last else 1
+    step = 4 if last else 2
     trainer.add_callback(Spoil(step, tensor(ending), math.nan))
     with pytest.raises(NotFiniteError) as error:
         trainer.train()
@@ -354,7 +354,7 @@ def test_a_ticket_search_that_diverges_keeps_the_round_before(tmp_path):
         lambda model: 0.0,
         checkpoint=tmp_path,
     )
-    with pytest.raises(NotFiniteError, match=r"Ticket search, round 2 of 2: '0.weight' and \d other tensors hold NaN"):
+    with pytest.raises(NotFiniteError, match=r"Ticket search, round 2 of 2: '0.bias' and 3 other tensors hold NaN"):
         search.run()
     assert [path.name for path in tmp_path.iterdir()] == ["round-1"]
 

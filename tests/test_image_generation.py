@@ -232,6 +232,17 @@ def test_batches_differ_from_step_to_step_and_are_the_same_again():
     assert len({float(torch.rand((), generator=random(*key))) for key in keys}) == len(keys)
 
 
+def test_a_game_that_diverges_is_stopped_and_keeps_its_last_good_state(tmp_path):
+    """At the end of the noise, where precisions would be chosen by limits that are NaN."""
+    config = tiny(tmp_path, "save_every=3", "evaluate_every=5")
+    game = Game(config, "compressed", images(config), True, brightness, tmp_path)
+    own = game._generator_loss
+    game._generator_loss = lambda index: own(index) * (float("nan") if index == 3 else 1.0)
+    with pytest.raises(ValueError, match=r"compressed: training diverged by step 4: .* other tensors hold NaN"):
+        game.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
 def test_a_training_that_crashed_goes_on_to_the_same_end(tmp_path):
     """Across the end of the noise, at step 4 of both networks."""
     config = tiny(tmp_path, "save_every=3", "evaluate_every=5")

@@ -242,3 +242,31 @@ def test_two_processes_equal_one_also_where_only_the_ticket_is_left_to_train(tmp
         torch.testing.assert_close(one[name], straight[name], rtol=1e-4, atol=1e-6, msg=name)
     for other in ("straight-1", "resumed-0", "resumed-1"):
         assert_same_weights(torch.load(tmp_path / f"{other}.pt"), straight)
+
+
+class Spoil(TrainerCallback):
+    """Makes a bias NaN after the first step of the second training."""
+
+    trainings = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainings += 1
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if (self.trainings, state.global_step) == (2, 1):
+            model.classifier.bias.data[0] = float("nan")
+
+
+def test_a_round_that_diverges_leaves_the_one_before(tmp_path):
+    straight = make(tmp_path / "a")
+    straight.train()
+    with pytest.raises(ValueError, match=r"TicketTrainer: training diverged: .* first was not finite at step 2"):
+        make(tmp_path / "b", callbacks=[Spoil()]).train()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["round-1"]
+    resumed = make(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+    state = tmp_path / "b" / "round-2" / "search.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"Cannot resume: '.*round-2/search.pt' is damaged"):
+        make(tmp_path / "b").train(resume_from_checkpoint=True)
