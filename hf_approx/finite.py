@@ -108,7 +108,8 @@ class Suspect:
     def see(self, value: Tensor | float | None) -> None:
         """Look at a loss, or at the norm of a gradient, of the step that is being made."""
         if isinstance(value, Tensor):
-            odd = ~value.detach().isfinite().all()
+            value = value.detach()
+            odd = ~(value.full_tensor() if isinstance(value, DTensor) else value).isfinite().all()
             self._now = odd if self._now is None else self._now | odd.to(self._now.device)
         elif value is not None and not math.isfinite(value):
             self._now = torch.tensor(True)

@@ -51,6 +51,7 @@ class DivergenceMixin(ShardedMixin):
     """
 
     _suspect: Suspect
+    _finalized: bool
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of `Trainer`; notes a loss that is not finite, which its log leaves out."""
@@ -79,7 +80,10 @@ class DivergenceMixin(ShardedMixin):
             everywhere: On any process, all of which must call this.
         """
         trainer = cast(Trainer, self)
-        found = first_not_finite(self._plain_model)
+        # Of a sharded model that is finished, the first process alone has what is saved.
+        finished = self._twin is not None and self._finalized
+        model = self._finished if finished else self._plain_model
+        found = None if model is None else first_not_finite(model)
         if everywhere and trainer.args.world_size > 1:
             found = next((text for text in gather_object([found]) if text is not None), None)
         if found is None:
