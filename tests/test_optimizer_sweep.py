@@ -43,10 +43,10 @@ def test_sweep_of_digits(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = data["searches"]["avagrad"]
     assert f"AvaGradConfig(lr={found['lr']:g}, eps={found['eps']:g}), from 5 pairs" in printed
-    adam, adamw = data["grid"]["adam"], printed.splitlines()[-2].strip()
+    adam, adamw = data["grid"]["adam"], printed.splitlines()[-3].strip()
     args = eval(adamw, {"TrainingArguments": TrainingArguments})
     assert (args.learning_rate, args.adam_epsilon) == (adam["lr"], adam["eps"])
-    avagrad = printed.splitlines()[-1].strip()
+    avagrad = printed.splitlines()[-2].strip()
     assert eval(avagrad, {"ApproxTrainer": dict, "AvaGradConfig": AvaGradConfig}) == {
         "optimizer": AvaGradConfig(lr=found["lr"], eps=found["eps"])
     }
