@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from hf_approx import PackedFormatError, attach_packing
+from hf_approx import ApproxConfig, PackedFormatError, attach_packing
 from models import VOCAB, build
 
 TEXT = {
@@ -134,9 +134,9 @@ def rename(folder, change):
         {change(name): tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
     )
     config = json.loads((folder / "config.json").read_text())
-    section = config["quantization_config"]
-    section["tensors"] = {change(name): entry for name, entry in section["tensors"].items()}
-    (folder / "config.json").write_text(json.dumps(config))
+    section = ApproxConfig.from_dict(config["quantization_config"])
+    section.tensors, section.plain = {change(name): spec for name, spec in section.tensors.items()}, {}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": section.to_dict()}))
 
 
 @pytest.mark.parametrize(
