@@ -111,7 +111,15 @@ class ApproxTrainerMixin(CheckpointMixin):
                 f"{type(self).__name__}: optimizer=AvaGradConfig(...) is the optimizer; leave out optimizers and "
                 "optimizer_cls_and_kwargs, or pass optimizer=None."
             )
-        quantizer = getattr(kwargs.get("model", args[0] if args else None), "hf_quantizer", None)
+        model = kwargs.get("model", args[0] if args else None)
+        mro = type(self).__mro__
+        behind = next((cls for cls in mro[mro.index(ApproxTrainerMixin) :] if issubclass(cls, Trainer)), None)
+        if isinstance(model, str) and behind in (Trainer, Seq2SeqTrainer):  # TRL's trainers load models by name
+            raise ValueError(
+                f"{type(self).__name__}: model is the name '{model}'; load it first, with "
+                f"AutoModelFor….from_pretrained('{model}')."
+            )
+        quantizer = getattr(model, "hf_quantizer", None)
         if isinstance(quantizer, ApproxQuantizer) and not quantizer.is_trainable:
             raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
         if store_dtype is not None:

@@ -164,6 +164,12 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
         last = str(complete[-1]) if complete else None
         if isinstance(asked, str):
             if os.path.isdir(asked) and not is_complete(Path(asked)):
+                inside = complete_checkpoints(Path(asked))
+                if inside:
+                    raise ValueError(
+                        f"Cannot resume: '{asked}' holds checkpoints and is none itself; pass "
+                        f"resume_from_checkpoint='{inside[-1]}', the last one that was written to its end."
+                    )
                 raise ValueError(
                     f"Cannot resume: '{asked}' was not written to its end; "
                     + (f"resume from '{last}'." if last else "train from the start.")

@@ -303,6 +303,7 @@ def test_a_bad_method_leaves_the_model_as_it_was(tmp_path):
         ({"optimizer": torch.optim.SGD}, r"optimizer takes AvaGradConfig\(...\), .* got <class .*SGD"),
         ({"approx": CS, "store_dtype": "int8"}, "not 'int8'"),
         ({"approx": CS, "model_init": lambda: build("bert"), "model": None}, "model_init would replace"),
+        ({"model": "me/bert"}, r"model is the name 'me/bert'; load it first, with .*from_pretrained\('me/bert'\)"),
     ],
 )
 def test_impossible_arguments_are_refused(tmp_path, options, message):
@@ -437,6 +438,8 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_never_taken(tmp_path):
     last.write_bytes(last.read_bytes()[:20])
     with pytest.raises(ValueError, match=r"checkpoint-3' was not written to its end; resume from '.*checkpoint-2'"):
         trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match=r"holds checkpoints and is none itself; pass .*checkpoint-2', the last"):
+        trainer().train(resume_from_checkpoint=str(tmp_path))
     resumed = trainer()
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(weights(resumed.model), weights(straight.model))
