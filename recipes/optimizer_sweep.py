@@ -203,7 +203,11 @@ class Text:
         """See `Task`."""
         config = self.recipe.config
         config.optimizer = {**(config.optimizer or {}), "lr": lr, "eps": eps} if optimizer == "avagrad" else None
-        config.training |= {"seed": seed, "learning_rate": lr, "adam_epsilon": eps, "optim": "adamw_torch"}
+        config.training["seed"] = seed
+        for name in ("learning_rate", "adam_epsilon", "optim"):
+            config.training.pop(name, None)
+        if optimizer == "adam":
+            config.training |= {"learning_rate": lr, "adam_epsilon": eps, "optim": "adamw_torch"}
         trainer = self.recipe.trainer("sweep", compressed=bool(config.approx))
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
