@@ -11,6 +11,7 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
+    get_token,
     hf_hub_download,
     hf_hub_url,
     is_offline_mode,
@@ -27,7 +28,16 @@ from hf_approx.headers import PREFIX, Header, header_length, parse_header, weigh
 from hf_approx.inspection import Inspection, describe_files, inspect_checkpoint, read_packing, read_quantization
 from hf_approx.json_files import read_json
 from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICKLED_ARGUMENTS_FILE, PICTURES, REPORT_FILE
-from hf_approx.model_folder import CONFIG, INDEX, WEIGHTS, check_kind, find_checkpoint, model_files
+from hf_approx.model_folder import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    check_kind,
+    find_checkpoint,
+    model_files,
+    no_weights,
+    not_found,
+)
 from hf_approx.packing import PackedFormatError
 from hf_approx.remote_code import LOADER_FILE, loader_files, without_code
 from hf_approx.text import listed, one_line
@@ -38,6 +48,8 @@ FIRST_BYTES = 100_000
 REQUESTS, TIMEOUT = 8, 10
 NOT_SATISFIABLE = 416
 """The status of a range beyond the end of a file."""
+UNAUTHORIZED = 401
+LOGIN = "log in with `hf auth login`, or give a token that may write (--token, HF_TOKEN)"
 
 # What an earlier push may have left that would be wrong, or unused, beside the files of this one.
 STALE = (
@@ -106,14 +118,16 @@ def push_folder(
     Raises:
         FileNotFoundError: The folder holds no saved model.
         PackedFormatError: Its config or weight files are damaged, or are of unfinished training.
-        ValueError: The repository exists and is public, or the token can be none; or the folder has a link in the
-            place of a file, a part that cannot come along, or a model that needs code of its own.
+        ValueError: There is no token, or it can be none; or the repository exists and is public; or the folder
+            has a link in the place of a file, a part that cannot come along, or a model that needs code of its own.
         ConnectionError: The Hub cannot be reached or says no.
     """
     if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
         raise ValueError("The token has characters that no token has; copy it again.")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder.")
+    if token is None and get_token() is None:
+        raise ValueError(f"Nothing was pushed to '{repo_id}': {LOGIN}.")
     folder = Path(folder)
     files, left_out = _model(find_checkpoint(str(folder)), repo_id) if is_model else _files(folder)
     api = HfApi(token=token)
@@ -123,7 +137,9 @@ def push_folder(
         # An upload that failed says which file it was of, and its cause says why.
         parts = [str(part) for part in (error, error.__cause__ if isinstance(error, RuntimeError) else None) if part]
         text = one_line(" ".join(parts)).replace(token or "\0", "<token>")
-        raise ConnectionError(f"Nothing was pushed to '{repo_id}': {text}") from None
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        again = f" Is the token still valid? If not, {LOGIN}." if status == UNAUTHORIZED else ""
+        raise ConnectionError(f"Nothing was pushed to '{repo_id}': {text}{again}") from None
 
 
 def inspect_source(source: str | Path, revision: str | None = None, token: str | None = None) -> Inspection:
@@ -150,22 +166,18 @@ def inspect_repo(repo_id: str, revision: str | None = None, token: str | None = 
         names, commit = {sibling.rfilename for sibling in about.siblings or ()}, str(about.sha)
         check_kind(repo_id, names)
         if not names & {WEIGHTS, INDEX}:
-            raise FileNotFoundError(f"'{repo_id}' has no safetensors files.")
+            raise no_weights(repo_id, names)
         config = hf_hub_download(repo_id, CONFIG, revision=commit, token=token)
         index: dict[str, str] | None = None
-        if INDEX in names:
+        if WEIGHTS not in names:
             path = Path(hf_hub_download(repo_id, INDEX, revision=commit, token=token))
             index = weight_map(read_json(path), f"{INDEX} of '{repo_id}'")
         files = sorted(set(index.values())) if index else [WEIGHTS]
         with ThreadPoolExecutor(REQUESTS) as pool:
             found = pool.map(lambda name: _remote_header(repo_id, name, commit, token), files)
             headers = dict(zip(files, found, strict=True))
-    except HFValidationError:
-        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(one_line(str(error))) from None
-    except HTTPError as error:
-        raise ConnectionError(f"'{repo_id}' cannot be reached: {one_line(str(error))}") from None
+    except (HFValidationError, HTTPError) as error:
+        raise not_found(repo_id, revision, error) from None
     return describe_files(headers, index, *read_quantization(Path(config).parent))
 
 

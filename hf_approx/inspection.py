@@ -8,11 +8,12 @@ from typing import Any
 
 from hf_approx.checkpoint import QUANT_METHOD, ApproxConfig
 from hf_approx.checkpoint.contents import check_contents, located, verify_packed, verify_tensors
-from hf_approx.headers import BITS, Header, join_headers, read_header, weight_map
+from hf_approx.headers import BITS, NAMES, Header, join_headers, read_header
 from hf_approx.json_files import read_json
-from hf_approx.model_folder import INDEX, weight_files
+from hf_approx.model_folder import weight_files, weight_index
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import MAX_BITS, PackedFormatError, QuantizedSpec, SharedSpec, TensorSpec
+from hf_approx.text import natural
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Row:
     """One tensor: how large it is dense (in its stored dtype) and on disk.
 
     Attributes:
+        dtype: As torch calls it; of a packed weight that of its values, or what it would have dense.
         bits: Bits a weight on disk, with everything that is stored beside the weights.
         counts: Of a quantized weight: how many of its weights have 0, 1, ..., 8 bits. Otherwise empty.
         bank: Of a weight mixed from templates: the name of their bank. Otherwise empty.
@@ -43,6 +45,7 @@ class Inspection:
     """Every tensor of a checkpoint, and what the packed ones could be at best.
 
     Attributes:
+        rows: In the order of their names, of layers with their numbers.
         format: What the config calls the format of weights that another library quantized; otherwise empty. They
             count as the tensors they are stored in: how large they would be dense is not said.
     """
@@ -155,11 +158,9 @@ def inspect_checkpoint(folder: Path, verify: bool = False) -> Inspection:
         FileNotFoundError: There is no safetensors file.
     """
     (packing, other), files = read_quantization(folder), weight_files(folder)
-    index = folder / INDEX
-    found = weight_map(read_json(index), str(index)) if index.is_file() else None
     headers = {path.name: read_header(path) for path in files}
     with located(folder):
-        result = describe_files(headers, found, packing, other)
+        result = describe_files(headers, weight_index(folder), packing, other)
     if verify and packing is not None:
         verify_tensors(files, packing)
         verify_packed(files, packing)
@@ -189,16 +190,20 @@ def describe_files(
         stored = join_headers(headers, index)
         check_contents(packing, stored)
     specs = packing.tensors if packing else {}
-    rows = [_row(name, shape, dtype, specs.get(name)) for name, (dtype, shape) in stored.items()]
+    rows = [_row(name, shape, dtype, specs.get(name)) for name, (dtype, shape) in sorted(stored.items(), key=_place)]
     bound = sum(spec.bound_bytes for spec in specs.values())
     return Inspection(rows, sum(row.bytes for row in rows if row.packed), bound, other)
+
+
+def _place(entry: tuple[str, Header]) -> list[tuple[int, str]]:
+    return natural(entry[0])
 
 
 def _row(name: str, shape: tuple[int, ...], dtype: str, spec: TensorSpec | None) -> Row:
     template = f".{BANKS}." in f".{name}"
     if spec is None:
         size = math.prod(shape) * BITS[dtype] // 8
-        return Row(name, shape, dtype, False, 0.0, float(BITS[dtype]), size, 0 if template else size)
+        return Row(name, shape, NAMES[dtype], False, 0.0, float(BITS[dtype]), size, 0 if template else size)
     counts = spec.weights if isinstance(spec, QuantizedSpec) else ()
     bank, dense = spec.bank if isinstance(spec, SharedSpec) else "", 0 if template else spec.dense_bytes
     return Row(name, spec.shape, spec.dtype, True, spec.sparsity, spec.bits, spec.nbytes, dense, counts, bank)

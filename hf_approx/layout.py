@@ -38,17 +38,17 @@ def stale_files(old: Path, new: Path) -> set[str]:
     stale = {REPORT_FILE, *PICTURES, *([CARD_FILE] if is_ours(old / CARD_FILE) else [])}
     if (new / ARGUMENTS_FILE).is_file():
         stale.add(PICKLED_ARGUMENTS_FILE)
-    variants = {_variant(path.name) for path in new.iterdir()} - {None}
+    variants = {variant_of(path.name) for path in new.iterdir()} - {None}
     if variants:
         same = _content(old / CONFIG_FILE) == _content(new / CONFIG_FILE)
-        found = {path.name: _variant(path.name) for path in old.iterdir()}
+        found = {path.name: variant_of(path.name) for path in old.iterdir()}
         stale |= {
             name for name, variant in found.items() if variant is not None and not (same and variant not in variants)
         }
     return stale
 
 
-def _variant(name: str) -> str | None:
+def variant_of(name: str) -> str | None:
     """The variant that a file of weights is of, empty for the usual one; None for any other file."""
     match = WEIGHTS.fullmatch(name)
     return None if match is None else (match[1] or match[4] or "").removeprefix(".")

@@ -6,11 +6,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub import constants, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from hf_approx.headers import weight_map
 from hf_approx.json_files import read_json
+from hf_approx.layout import variant_of
 from hf_approx.links import own_file
 from hf_approx.sentence_parts import APART, PARTS_FILE, part_files, part_folders
 from hf_approx.text import one_line
@@ -94,6 +104,8 @@ INNER_FILES = (*TOKENIZER_FILES, *PART_FILES, WEIGHTS, INDEX, "LICENSE", "genera
 """What is looked for in the folder of a part."""
 VERSIONED = re.compile(r"(config|tokenizer)(\.\d+)+\.json|tokenizer\.model\.v\d+(m\d+)?")
 """The same for some versions of transformers, or of Mistral's tokenizers, only."""
+PICKLES = r"(pytorch_model|tf_model|flax_model|consolidated)[\w.-]*\.(bin|pth|pt|h5|msgpack)(\.index\.json)?"
+"""Weights in other formats than safetensors."""
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 """What PEFT saves of an adapter, the first one in the folder itself and others in folders of their names."""
 TEMPLATES = "additional_chat_templates"
@@ -129,9 +141,12 @@ def find_checkpoint(
 
     Raises:
         FileNotFoundError: It is neither, may not be read, or holds no `config.json`.
+        ConnectionError: It is no folder, and the Hub cannot be reached.
         ValueError: A revision of a folder is asked for, or as of `model_files`.
     """
     folder = Path(path_or_repo)
+    if folder.is_file():
+        raise FileNotFoundError(f"'{path_or_repo}' is a file: give the folder of the model.")
     if folder.is_dir() and revision is not None:
         raise ValueError(f"'{path_or_repo}' is a folder: only repositories have revisions.")
     if not folder.is_dir():
@@ -160,6 +175,11 @@ def check_kind(source: str, names: Collection[str]) -> None:
     if CONFIG not in names:
         if PARTS_FILE in names:
             raise FileNotFoundError(f"'{source}' is a model of sentence-transformers: {APART}")
+        if ADAPTERS[0] in names:
+            raise FileNotFoundError(
+                f"'{source}' holds adapters of PEFT, not a model: load them on their base, and save what "
+                "merge_and_unload() returns."
+            )
         raise FileNotFoundError(f"'{source}' has no {CONFIG}: it is not a saved model.")
 
 
@@ -181,7 +201,8 @@ def model_files(folder: Path, also: Collection[str] = ()) -> ModelFiles:
         FileNotFoundError: A weight file is missing.
     """
     adapters = not own_file(folder, CONFIG) and own_file(folder, ADAPTERS[0])
-    weights = set(ADAPTERS) if adapters else {path.name for path in weight_files(folder)} | {INDEX}
+    index = set() if adapters or weight_index(folder) is None else {INDEX}
+    weights = set(ADAPTERS) if adapters else {path.name for path in weight_files(folder)} | index
     weights = {name for name in weights if own_file(folder, name)}
     if own_file(folder, DECODER):
         raise ValueError(
@@ -221,12 +242,72 @@ def weight_files(folder: Path) -> list[Path]:
         PackedFormatError: Their index is damaged.
         FileNotFoundError: One is missing.
     """
-    index = folder / INDEX
-    names = sorted(set(weight_map(read_json(index), str(index)).values())) if index.is_file() else [WEIGHTS]
+    index = weight_index(folder)
+    if index is None and not (folder / WEIGHTS).is_file():
+        raise no_weights(str(folder), {path.name for path in folder.iterdir()})
+    names = [WEIGHTS] if index is None else sorted(set(index.values()))
     for name in names:
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"'{folder}' has no file '{one_line(name)}'.")
+            raise FileNotFoundError(f"'{folder}' has no file '{one_line(name)}', which its {INDEX} lists.")
     return [folder / name for name in names]
+
+
+def weight_index(folder: Path) -> dict[str, str] | None:
+    """The file of every tensor of a model in several files.
+
+    None where all is in one file: transformers prefers that to an index that was left beside it.
+
+    Raises:
+        PackedFormatError: It is damaged.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return None
+    return weight_map(read_json(index), str(index))
+
+
+def no_weights(source: str, names: Collection[str]) -> FileNotFoundError:
+    """What to raise where a folder or repository with these files at its top has none that transformers would read."""
+    variants = sorted({variant for name in names if (variant := variant_of(name))})
+    if variants:
+        variant = one_line(variants[0])
+        return FileNotFoundError(
+            f"'{source}' has weights of the variant '{variant}' only: rename them to '{WEIGHTS}', or load it with "
+            f"from_pretrained(..., variant='{variant}') and save_pretrained to another folder."
+        )
+    pickles = sorted(name for name in names if re.fullmatch(PICKLES, name))
+    if pickles:
+        return FileNotFoundError(
+            f"'{source}' has its weights in '{one_line(pickles[0])}', not in safetensors: load it with "
+            "from_pretrained, and save_pretrained to another folder."
+        )
+    return FileNotFoundError(f"'{source}' has no file '{WEIGHTS}'.")
+
+
+def not_found(source: str, revision: str | None, error: Exception) -> OSError:
+    """What to raise where there is no folder of a name, and the Hub's client raised this for the repository."""
+    if isinstance(error, HFValidationError):
+        return FileNotFoundError(f"'{source}' is neither a folder nor the name of a repository.")
+    if isinstance(error, GatedRepoError):
+        return FileNotFoundError(
+            f"'{source}' is open only to those who accept its terms, on its page on the Hub, and log in "
+            "(`hf auth login`) or give a token."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"'{source}' is neither a folder nor a repository you may read; for a private one log in "
+            "(`hf auth login`) or give a token."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileNotFoundError(f"'{source}' has no branch, tag or commit '{revision}'.")
+    if isinstance(error, HfHubHTTPError):
+        return FileNotFoundError(one_line(str(error)))
+    if not isinstance(error, (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled)):  # a full disk, say
+        return OSError(f"'{source}' cannot be downloaded: {one_line(str(error))}")
+    why = "HF_HUB_OFFLINE is set" if is_offline_mode() else one_line(str(error.__cause__ or error))
+    return ConnectionError(
+        f"'{source}' is no folder, and the Hub cannot be reached for a repository of that name ({why})."
+    )
 
 
 def _download(repo_id: str, patterns: list[str], ignored: list[str], revision: str | None, token: str | None) -> Path:
@@ -236,12 +317,8 @@ def _download(repo_id: str, patterns: list[str], ignored: list[str], revision: s
                 repo_id, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
             )
         )
-    except HFValidationError:
-        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor the name of a repository.") from None
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(one_line(str(error))) from None
-    except (HTTPError, OSError):
-        raise FileNotFoundError(f"'{repo_id}' is neither a folder nor a repository that can be reached.") from None
+    except (HFValidationError, HTTPError, OSError) as error:
+        raise not_found(repo_id, revision, error) from None
 
 
 def _templates(folder: Path, name: str) -> list[str]:

@@ -103,14 +103,14 @@ def plot_bits(inspection: Inspection, path: str | Path) -> None:
 
 def _sparsity(inspection: Inspection) -> _Panel:
     packed = [row for row in inspection.rows if row.packed and not row.bank]
-    rows = sorted((row for row in packed if row.sparsity or not row.counts), key=_position)
+    rows = [row for row in packed if row.sparsity or not row.counts]
     title = f"{inspection.sparsity:.1%} of the packed weights are removed"
     values = [100 * row.sparsity for row in rows]
     return _Panel(rows, values, 100 * inspection.sparsity, 100, "weights removed, %", title)
 
 
 def _bits(inspection: Inspection) -> _Panel:
-    rows = sorted((row for row in inspection.rows if row.counts), key=_position)
+    rows = [row for row in inspection.rows if row.counts]
     title = f"{inspection.bits:.2f} bits a quantized weight"
     values = [row.bits for row in rows]
     return _Panel(rows, values, inspection.bits, max([8.0, *values]), "bits a weight, with metadata", title)
@@ -138,8 +138,3 @@ def _draw(panels: list[_Panel], path: str | Path) -> None:
         axes.set_xlabel(panel.label)
         axes.set_title(panel.title, fontsize=10)
     save_figure(figure, path)
-
-
-def _position(row: Row) -> list[tuple[int, str]]:
-    """Sorts names with their numbers in order: layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in row.name.split(".")]

@@ -7,15 +7,17 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 from helpers import ROOT
 from hf_approx import attach_packing
 from hf_approx.cli import main
-from hf_approx.inspection import Row, inspect_checkpoint
+from hf_approx.hub import push_folder
+from hf_approx.inspection import inspect_checkpoint
 from hf_approx.packing import Grid
-from hf_approx.plots import _position, plot_bits
+from hf_approx.plots import plot_bits
 from hf_approx.report import kind_of
 from hf_approx.targets import select_modules
 from models import batch, build
@@ -329,9 +331,6 @@ def test_a_plot_of_the_layers(packed, trained, tmp_path, refuse):
     assert kind_of("bert.encoder.layer.10.attention.self.query.weight") == "attention.self.query"
     with pytest.raises(ValueError, match="no packed weight to draw"):
         plot_bits(inspect_checkpoint(packed), tmp_path / "bits.png")
-    names = ["h.10.a.weight", "h.2.a.weight"]
-    rows = [Row(name, (1,), "float16", True, 0.5, 1.0, 1, 1) for name in names]
-    assert [row.name for row in sorted(rows, key=_position)] == names[::-1]
 
 
 def test_the_card_of_a_model_that_was_quantized_without_training(trained, tmp_path, monkeypatch):
@@ -390,3 +389,87 @@ def test_names_in_a_file_are_neither_markup_nor_codes_for_the_terminal(tmp_path,
     assert "c[red]" in table
     assert "\x1b" not in table
     refuse("clear [2J it", "inspect", "clear\x1b[2J it")
+
+
+def rows(folder):
+    return json.loads(json.dumps(inspect_checkpoint(folder).to_dict()))["tensors"]
+
+
+def test_tensors_are_in_the_order_of_their_numbers_and_dtypes_have_one_notation(packed, tmp_path):
+    build("bert").save_pretrained(tmp_path)
+    numbers = ["h.0.b", "h.1.b", "h.2.a", "h.2.b", "h.10.a", "h.10.b", "h.11.b", "x1", "x02", "x10", f"x{'1' * 5000}"]
+    tensors = {name: torch.zeros(1, dtype=torch.bfloat16) for name in sorted(numbers)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert [row["name"] for row in rows(tmp_path)] == numbers
+    assert {row["dtype"] for row in rows(tmp_path)} == {"bfloat16"}
+    assert {row["dtype"] for row in rows(packed)} == {"float16"}
+    every = {row.name: row.dtype for row in inspect_checkpoint(tmp_path).rows}
+    kinds = ("float64", "float32", "float16", "int8", "uint8", "bool", "float8_e4m3fn", "float8_e5m2", "complex64")
+    save_file({kind: torch.zeros(2).to(getattr(torch, kind)) for kind in kinds}, tmp_path / "model.safetensors")
+    every = {row.name: row.dtype for row in inspect_checkpoint(tmp_path).rows}
+    assert every == {kind: kind for kind in kinds}
+
+
+def test_the_weight_files_are_those_that_transformers_reads(trained, packed, tmp_path, refuse):
+    """An index that another save has left is not read, and does not come along."""
+    index = json.dumps({"metadata": {}, "weight_map": {"gone": "model-00001-of-00002.safetensors"}})
+    for i, source in enumerate((trained, packed)):
+        folder = shutil.copytree(source, tmp_path / f"left-over-{i}")
+        (folder / "model.safetensors.index.json").write_text(index)
+        assert inspect_checkpoint(folder) == inspect_checkpoint(source)
+        assert torch.equal(logits(folder), logits(source))
+        command = "decompress" if i else "compress"
+        with pytest.raises(SystemExit) as exit_:
+            main([command, str(folder), str(tmp_path / f"out-{i}")])
+        assert exit_.value.code == 0
+        assert "model.safetensors.index.json" not in {path.name for path in (tmp_path / f"out-{i}").iterdir()}
+    only = tmp_path / "left-over-0"
+    (only / "model.safetensors").unlink()
+    refuse("has no file 'model-00001-of-00002.safetensors', which its", "inspect", only)
+
+
+def test_weights_that_transformers_would_not_read_by_themselves_are_named(trained, tmp_path, refuse):
+    for i, (name, message) in enumerate(
+        {
+            "model.fp16.safetensors": "variant 'fp16' only: rename them to 'model.safetensors', or load",
+            "model.safetensors.index.fp16.json": "variant 'fp16' only",
+            "pytorch_model.bin": "has its weights in 'pytorch_model.bin', not in safetensors",
+            "pytorch_model-00001-of-00002.bin": "not in safetensors",
+            "tf_model.h5": "not in safetensors",
+            "other.safetensors": "has no file 'model.safetensors'",
+        }.items()
+    ):
+        folder = shutil.copytree(trained, tmp_path / str(i))
+        (folder / "model.safetensors").rename(folder / name)
+        for command in (["inspect"], ["card"], ["push", "me/x", "--token", "t"]):
+            refuse(message, command[0], folder, *command[1:])
+        for command in ("compress", "export"):
+            refuse(message, command, folder, tmp_path / "out")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    refuse("holds adapters of PEFT, not a model", "inspect", adapter)
+
+
+def test_what_is_neither_a_folder_nor_a_repository(trained, tmp_path, refuse, monkeypatch):
+    refuse("'nobody/nothing' is no folder, and the Hub cannot be reached", "inspect", "nobody/nothing")
+    refuse("'nobody/nothing' is no folder, and the Hub cannot be", "compress", "nobody/nothing", tmp_path / "out")
+    file = trained / "model.safetensors"
+    for command in (["inspect", file], ["decompress", file, tmp_path / "out"], ["compress", file, tmp_path / "out"]):
+        refuse("is a file: give the folder of the model", *command)
+
+    def fail(*args, **kwargs):
+        raise HTTPError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("hf_approx.hub.is_offline_mode", lambda: False)
+    monkeypatch.setattr("hf_approx.model_folder.is_offline_mode", lambda: False)
+    monkeypatch.setattr("hf_approx.hub.HfApi.model_info", fail)
+    refuse("'outputs/model' is no folder, and the Hub cannot be reached for a repo", "inspect", "outputs/model")
+
+
+def test_a_push_without_a_token_says_how_to_log_in_before_anything_is_asked(trained, tmp_path, refuse, monkeypatch):
+    monkeypatch.setattr("hf_approx.hub.get_token", lambda: None)
+    monkeypatch.setattr("hf_approx.hub.HfApi", None)
+    refuse("Nothing was pushed to 'me/x': log in with `hf auth login`, or give a token", "push", trained, "me/x")
+    with pytest.raises(ValueError, match="log in with `hf auth login`"):
+        push_folder(trained, "me/x", is_model=False)

@@ -348,10 +348,10 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
     edit_packing(tmp_path / "unfinished", lambda q: q.update({"training": True, "tensors": {}}))
     wrong = "hf_wrongToken"
     commands = {
-        "Repository Not Found": ["inspect", "me/secret"],
+        "'me/secret' is neither a folder nor a repository you may read": ["inspect", "me/secret"],
         "Invalid credentials": ["inspect", "me/public", "--token", wrong],
-        "Invalid username": ["push", folder, "me/new"],
-        "Invalid credentials ": ["push", folder, "me/new", "--token", wrong],
+        "Nothing was pushed to 'me/new': log in with `hf auth login`": ["push", folder, "me/new"],
+        "Is the token still valid? If not, log in": ["push", folder, "me/new", "--token", wrong],
         "don't have the rights": ["push", folder, "you/new", "--token", TOKEN],
         "exists and is public": ["push", folder, "me/public", "--private", "--token", TOKEN],
         "characters that no token has": ["push", folder, "me/new", "--token", f"{TOKEN}\n"],
@@ -359,7 +359,7 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
         "unfinished training": ["push", tmp_path / "unfinished", "me/new", "--token", TOKEN],
         "Repo id": ["push", folder, "me/../new", "--token", TOKEN],
         "neither a folder nor": ["inspect", "../nowhere/x"],
-        "Repository Not Found ": ["decompress", "me/secret", tmp_path / "out"],
+        "for a private one log in (`hf auth login`)": ["decompress", "me/secret", tmp_path / "out"],
         "Invalid credentials  ": ["export", "me/public", tmp_path / "out", "--token", wrong],
         "has no config.json": ["inspect", "me/public", "--token", TOKEN],
     }
@@ -407,7 +407,7 @@ def test_revisions_offline(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert inspect_repo("me/offline") == inspect_checkpoint(folder)
     assert not any(row.packed for row in inspect_repo("me/offline", revision="dense").rows)
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a repository that can be reached"):
+    with pytest.raises(ConnectionError, match=r"is no folder, and the Hub cannot .* \(HF_HUB_OFFLINE is set\)"):
         inspect_repo("me/offline", revision="other")
 
 
@@ -432,7 +432,7 @@ def test_a_repository_is_read_without_the_models_in_its_folders_and_never_writte
     assert (tmp_path / "plain" / TEMPLATE).is_file()
     assert not (tmp_path / "old" / TEMPLATE).exists()
     assert none[0] == 1
-    assert "Revision Not Found" in none[2]
+    assert "'me/nested' has no branch, tag or commit 'no-branch'" in none[2]
     assert card[0] == 1
     assert "'me/nested' is no folder" in card[2]
 
