@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from helpers import assert_same_weights, make_trainer, weights
 from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
+from hf_approx.loops.distillation import Divergence
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
 
@@ -48,7 +50,7 @@ def test_only_target_weights_change_and_they_are_only_rounded(name):
     assert result.bits == pytest.approx(3.0, abs=0.02)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == trains
     assert all(module.training for module in model.modules())
-    assert abs(result.calibrated.loss) < 1
+    assert 0 <= result.calibrated.loss < 1
 
 
 def test_calibration_gives_bits_to_the_layer_that_needs_them():
@@ -67,7 +69,7 @@ def test_calibration_gives_bits_to_the_layer_that_needs_them():
 )
 def test_the_better_model_is_taken_and_measured_by_its_divergence_from_the_dense_one(options, taken):
     config = replace(CONFIG, **options)
-    model, held_out = uneven(), batches("bert", 13, 1)
+    model, held_out = uneven().double(), batches("bert", 13, 1)
     dense, nearest = copy.deepcopy(model), copy.deepcopy(model)
     result = calibrate(model, batches("bert"), config, steps=20, held_out=held_out)
     assert result.taken == taken
@@ -81,8 +83,32 @@ def test_the_better_model_is_taken_and_measured_by_its_divergence_from_the_dense
     inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
     with torch.no_grad():
         before, after = (m(**inputs).logits.log_softmax(-1) for m in (dense, model))
-    assert measured.loss == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-3)
+    assert measured.loss == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=1e-9)
     assert measured.agreement == pytest.approx(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
+
+
+def exact_divergence(logits, wanted):
+    """Of two lists of logits, from the definition, with 60 digits."""
+    with localcontext(prec=60):
+        a, b = ([Decimal(value) for value in row] for row in (logits, wanted))
+        norms = [sum(value.exp() for value in row).ln() for row in (a, b)]
+        return sum((y - norms[1]).exp() * ((y - norms[1]) - (x - norms[0])) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("classes", [2, 50])
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 0.3, 3.0, 200.0])
+def test_small_divergences_have_their_digits_too(size, classes):
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(3, classes, generator=generator) * 4
+    logits = wanted + size * torch.linspace(-1, 1, classes) + torch.tensor([[0.0], [7.0], [-7.0]])
+    logits.requires_grad_()
+    found = Divergence.apply(logits, wanted)
+    exact = [float(exact_divergence(a, b)) for a, b in zip(logits.tolist(), wanted.tolist(), strict=True)]
+    assert found.tolist() == pytest.approx(exact, rel=1e-4 + 1e-5 / size)
+    assert Divergence.apply(logits.double(), wanted.double()).tolist() == pytest.approx(exact, rel=1e-8)
+    found.sum().backward()
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - wanted.softmax(-1))
+    assert Divergence.apply(wanted, wanted).tolist() == [0, 0, 0]
 
 
 def test_without_target_bits_there_is_nothing_to_round_to():
@@ -94,14 +120,14 @@ def test_without_target_bits_there_is_nothing_to_round_to():
 
 
 def test_the_loss_of_numbers_is_a_share_of_their_size_over_all_batches():
-    model = build("bert").bert.eval()
+    model = build("bert").bert.double().eval()
     dense, held_out = copy.deepcopy(model), batches("bert", 13, 1)
     result = calibrate(model, batches("bert"), CONFIG, steps=2, held_out=held_out)
     inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
     with torch.no_grad():
         before, after = (m(**inputs).last_hidden_state for m in (dense, model))
     measured = result.calibrated if result.taken == "calibrated" else result.rounded
-    assert measured.loss == pytest.approx(float((before - after).square().sum() / before.square().sum()), rel=1e-3)
+    assert measured.loss == pytest.approx(float((before - after).square().sum() / before.square().sum()), rel=1e-9)
 
 
 def test_padding_does_not_count():
@@ -111,9 +137,10 @@ def test_padding_does_not_count():
         ids = torch.cat([ids, torch.full((4, padding), 7)], 1)
         mask = (torch.arange(8 + padding) < 8).long().expand(4, -1)
         held_out = [{"input_ids": row, "attention_mask": kept} for row, kept in zip(ids, mask, strict=True)]
-        result = calibrate(build("gpt2"), batches("gpt2"), CONFIG, steps=2, held_out=DataLoader(held_out, 4))
+        model = build("gpt2").double()
+        result = calibrate(model, batches("gpt2"), CONFIG, steps=2, held_out=DataLoader(held_out, 4))
         losses.append(result.rounded.loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_padded_labels_of_an_encoder_decoder_do_not_count():
@@ -122,9 +149,9 @@ def test_padded_labels_of_an_encoder_decoder_do_not_count():
         ids = torch.randint(3, VOCAB, (4, 8), generator=torch.Generator().manual_seed(0))
         labels = torch.cat([ids, torch.full((4, padding), -100)], 1)
         held_out = [{"input_ids": row, "labels": wanted} for row, wanted in zip(ids, labels, strict=True)]
-        result = calibrate(build("t5"), DataLoader(held_out, 4), CONFIG, steps=2, held_out=DataLoader(held_out, 4))
-        losses.append(result.rounded.loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        model, loader = build("t5").double(), DataLoader(held_out, 4)
+        losses.append(calibrate(model, loader, CONFIG, steps=2, held_out=loader).rounded.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_models_of_numbers_and_of_several_labels():
