@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from transformers import TrainerCallback, TrainingArguments
 
+from fresh import ALL, Forks, job
 from hf_approx import ApproxTrainer
 from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
 from models import build, dataset
@@ -103,32 +106,51 @@ def assert_resumes_after_crash(trainer, folder, crash):
     return straight
 
 
-def launch(script, *args, processes=1, check=True, timeout=240):
-    """Run a script under `accelerate launch` on the CPU; what it printed is the message of a failure."""
+FORKS = Forks(ALL)
+
+
+def python(code, *args, check=True, cwd=None, **env):
+    """Run Python code in a fresh process; what it printed is the message of a failure."""
+    (result,) = FORKS.run([job(code, *args, env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, cwd=cwd)])
+    return checked(result) if check else result
+
+
+def launch(script, *args, processes=1, check=True, timeout=240, launcher=False):
+    """Run a script on the CPU as `accelerate launch` does, in fresh processes; their output comes together.
+
+    Args:
+        launcher: Start accelerate's own launcher, which starts processes that import everything again.
+    """
     config = ROOT / "recipes" / "accelerate" / ("cpu.yaml" if processes == 1 else "cpu_2_processes.yaml")
     # Port 0 would be a port that is free now and may be another's seconds later, when it is listened on. Those below
     # the range of outgoing connections stay free, and every test process has its own.
     port = 20000 + os.getpid() % 10000
-    options = ["--main_process_port", str(port), "--config_file", str(config)]
-    result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *options, *map(str, [script, *args])],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    if check and result.returncode:
-        pytest.fail(f"{script} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-9000:]}")
+    command = ["--main_process_port", str(port), "--config_file", str(config), *map(str, [script, *args])]
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if launcher:
+        result = subprocess.run(
+            [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env={**os.environ, **own},
+        )
+        return checked(result) if check else result
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    env = prepare_multi_gpu_env(options) if processes > 1 else prepare_simple_launcher_cmd_env(options)[1]
+    world = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    jobs = []
+    for rank in range(processes):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, **world} if processes > 1 else {}
+        jobs.append(job(Path(script), *args, env={**env, **own, **{name: str(ranks[name]) for name in ranks}}))
+    ended = FORKS.run(jobs, timeout)
+    outputs = ("".join(getattr(each, name) for each in ended) for name in ("stdout", "stderr"))
+    result = subprocess.CompletedProcess(command, next((e.returncode for e in ended if e.returncode), 0), *outputs)
+    return checked(result) if check else result
+
+
+def checked(result):
+    if result.returncode:
+        pytest.fail(f"{result.args} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-9000:]}")
     return result
-
-
-def python(code, *args, check=True, **env):
-    """Run Python code in a fresh process."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=check,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "HF_HUB_OFFLINE": "1", **env},
-    )

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
-from helpers import ROOT
+from helpers import python
 from hf_approx import attach_packing
 from hf_approx.cli import main
 from hf_approx.hub import push_folder
@@ -24,13 +22,7 @@ from models import batch, build
 
 
 def cli(*args):
-    return subprocess.run(
-        [sys.executable, "-c", "from hf_approx.cli import main; main()", *map(str, args)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
+    return python("from hf_approx.cli import main; main()", *args, check=False)
 
 
 def zeroed(sparsity=0.9):

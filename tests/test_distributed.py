@@ -49,7 +49,7 @@ def test_two_processes_resume_to_the_same_file(two_processes):
 
 
 def test_a_run_that_lost_a_process_ends_and_is_resumed_to_the_same_file(two_processes, tmp_path):
-    ended = launch(SCRIPTS / "train_ddp.py", tmp_path, 2, "kill", processes=2, check=False, timeout=400)
+    ended = launch(SCRIPTS / "train_ddp.py", tmp_path, 2, "kill", processes=2, check=False, launcher=True)
     assert ended.returncode != 0
     assert "SIGKILL" in ended.stderr
     assert not (tmp_path / "model").exists()

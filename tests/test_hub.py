@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -14,7 +12,8 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from helpers import ROOT, edit_packing, make_trainer
+from fresh import BASE, Forks, job
+from helpers import ROOT, checked, edit_packing, make_trainer
 from hf_approx import MagnitudePruningConfig, attach_packing
 from hf_approx.hub import inspect_repo
 from hf_approx.inspection import inspect_checkpoint
@@ -22,6 +21,9 @@ from hf_approx.remote_code import LOADER_FILE
 from hf_approx.targets import select_modules
 from hub_server import Blob, Hub, Repo
 from models import batch, build
+
+FORKS = Forks(BASE)
+"""What the Hub's client reads of the environment differs from process to process."""
 
 TOKEN = "hf_secretOfMe"
 WEIGHTS = "model.safetensors"
@@ -163,32 +165,29 @@ def hub():
 
 
 @pytest.fixture
-def start(hub, tmp_path):
-    """Start a process with an empty HF_HOME that knows this Hub and, by default, no token."""
+def run_all(hub, tmp_path):
+    """Run code with each of several lists of arguments, at the same time, in processes with an empty HF_HOME.
 
-    def run(code, *args, token=None):
-        home = tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
-        home.mkdir()
-        env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE")}
-        env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        env |= {"PYTHONPATH": str(ROOT / "tests"), **({"HF_TOKEN": token} if token else {})}
-        command = [sys.executable, "-c", code, *map(str, args)]
-        return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    They know this Hub and, by default, no token; returns what each printed.
+    """
+
+    def run(code, *arguments, token=None):
+        jobs = []
+        for args in arguments:
+            home = tmp_path / f"home{len(list(tmp_path.glob('home*')))}"
+            home.mkdir()
+            env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE")}
+            env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+            jobs.append(job(code, *args, env={**env, **({"HF_TOKEN": token} if token else {})}, cwd=ROOT))
+        return [(checked(ended).stdout, ended.stderr) for ended in FORKS.run(jobs)]
 
     return run
 
 
 @pytest.fixture
-def run(start):
+def run(run_all):
     """Run such a process; returns what it printed."""
-
-    def finished(*args, **kwargs):
-        process = start(*args, **kwargs)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        return out, err
-
-    return finished
+    return lambda code, *args, token=None: run_all(code, args, token=token)[0]
 
 
 @pytest.fixture
@@ -312,7 +311,7 @@ def test_a_cut_connection_and_a_retry(hub, cli, folder):
     assert not (folder / "README.md").exists()
 
 
-def test_two_pushes_at_once_leave_one_of_them(hub, start, folder, tmp_path):
+def test_two_pushes_at_once_leave_one_of_them(hub, run_all, folder, tmp_path):
     other = tmp_path / "other"
     zeroed(build("bert", seed=1), 1).save_pretrained(other, max_shard_size="8KB")
     assert not (other / WEIGHTS).exists()
@@ -323,9 +322,8 @@ def test_two_pushes_at_once_leave_one_of_them(hub, start, folder, tmp_path):
     barrier = threading.Barrier(2)
     hub.barriers = [barrier, barrier]
     sources = [other, tmp_path / "changed"]
-    running = [start(CLI, json.dumps([["push", str(source), "me/both"]]), token=TOKEN) for source in sources]
-    for process in running:
-        out, err = process.communicate(timeout=300)
+    commands = ([json.dumps([["push", str(source), "me/both"]])] for source in sources)
+    for out, err in run_all(CLI, *commands, token=TOKEN):
         assert json.loads(out.splitlines()[-1])[0][0] == 0, out + err
     assert hub.barriers == []
     history = repo.history()

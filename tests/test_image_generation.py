@@ -1,9 +1,6 @@
 """The image generation recipe: its distance against closed forms, its training, and what it writes."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +18,7 @@ from gan_config import SMOKE, GanRecipe
 from gan_game import Game, from_pixels, generate, random, to_pixels
 from gan_networks import Discriminator, Generator, GeneratorConfig
 from gan_results import finalize
-from helpers import ROOT, SimulatedCrashError, assert_same_weights, weights
+from helpers import ROOT, SimulatedCrashError, assert_same_weights, launch, weights
 from image_features import train_features
 from image_generation import Measure, pixels
 
@@ -289,17 +286,7 @@ def test_resuming_through_the_recipe(tmp_path, capsys):
 
 
 def test_two_processes_end_with_the_same_networks(tmp_path):
-    launch = ["launch", "--main_process_port", "0", "--config_file", "recipes/accelerate/cpu_2_processes.yaml"]
-    result = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *launch, "tests/scripts/gan_ddp.py", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    assert result.returncode == 0, result.stderr
+    launch(ROOT / "tests" / "scripts" / "gan_ddp.py", tmp_path, processes=2)
     found = {(n, rank): torch.load(tmp_path / f"{n}-{rank}.pt") for n in ("straight", "resumed") for rank in range(2)}
     first = found["straight", 0]
     for state in found.values():
