@@ -1,5 +1,8 @@
 """Model compression and tuning for Hugging Face models. Importing this registers the packed format."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from hf_approx.checkpoint import ApproxConfig, attach_packing, keep_zeros
 from hf_approx.exports import export_model
 from hf_approx.folding import fold
@@ -18,8 +21,10 @@ from hf_approx.methods import (
 )
 from hf_approx.optim import AvaGrad, AvaGradConfig
 from hf_approx.packing import PackedFormatError
-from hf_approx.ticket_trainer import TicketTrainer
-from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
+
+if TYPE_CHECKING:
+    from hf_approx.ticket_trainer import TicketTrainer
+    from hf_approx.trainer import ApproxSeq2SeqTrainer, ApproxTrainer, ApproxTrainerMixin
 
 __version__ = "0.1.0"
 
@@ -48,3 +53,18 @@ __all__ = [
     "keep_zeros",
     "layer_similarity",
 ]
+
+# transformers' Trainer imports datasets, pandas and more, which who only loads a model need not wait for.
+_TRAINERS = {
+    "ApproxSeq2SeqTrainer": "hf_approx.trainer",
+    "ApproxTrainer": "hf_approx.trainer",
+    "ApproxTrainerMixin": "hf_approx.trainer",
+    "TicketTrainer": "hf_approx.ticket_trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINERS:
+        raise AttributeError(f"module 'hf_approx' has no attribute '{name}'")
+    globals()[name] = getattr(importlib.import_module(_TRAINERS[name]), name)
+    return globals()[name]

@@ -11,7 +11,6 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from markupsafe import Markup
-from transformers.modelcard import TASK_MAPPING
 
 from hf_approx.checkpoint import ApproxConfig
 from hf_approx.citations import CITATIONS
@@ -118,6 +117,9 @@ def escape(value: object) -> str:
 
 def task_of(architecture: str) -> str | None:
     """The Hub's name of the task that a class of transformers is for, as far as transformers knows."""
+    # Only here: it imports what a Trainer is made of.
+    from transformers.modelcard import TASK_MAPPING
+
     tasks: Mapping[str, Any] = TASK_MAPPING
     for task, classes in tasks.items():
         for names in classes.values():

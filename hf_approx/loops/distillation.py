@@ -30,9 +30,9 @@ class Fidelity:
 class Divergence(torch.autograd.Function):
     """The Kullback-Leibler divergence of softmax(logits) from softmax(wanted), over the last dimension.
 
-    The terms of its definition, p log(p / q), cancel: of two distributions that are nearly equal, less is left than the
-    terms were rounded by, and the sum may be negative. With the change d of log p they are p (e^d - 1 - d), for p and
-    q = p e^d have the same sum; none of these is negative, and in float32 too most digits are right.
+    The terms of its definition, p log(p / q), cancel: of two distributions that are nearly equal, less is left than
+    the terms were rounded by, and the sum may be negative. With the change d of log p they are p (e^d - 1 - d), for p
+    and q = p e^d have the same sum; none of these is negative, and in float32 too most digits are right.
     """
 
     @staticmethod
