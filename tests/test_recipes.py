@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -16,7 +14,7 @@ import text_classification
 import ticket_search
 from common import RecipeConfig
 from config_files import ConfigError, read_yaml
-from helpers import ROOT, launch
+from helpers import ROOT, launch, python
 from models import build
 from splits import load_data
 
@@ -59,7 +57,7 @@ def config(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_text_classification(config, tmp_path, processes):
-    result = launch(RECIPE, "--config", config, "--output_dir", tmp_path, processes=processes, launcher=True)
+    result = launch(RECIPE, "--config", config, "--output_dir", tmp_path, processes=processes, launcher=processes > 1)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["dense"]["sparsity"] == 0
     assert rows["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
@@ -87,8 +85,7 @@ def test_the_dense_size_counts_what_was_removed(config, tmp_path, kinds, halved)
 
 def train_command(config, folder, *options):
     code = "from hf_approx.cli import main; main()"
-    command = [sys.executable, "-c", code, "train", str(config), "--output_dir", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    return python(code, "train", config, "--output_dir", folder, *options, check=False, cwd=folder)
 
 
 NOISE = ("Loading weights", "Writing model shards", "LOAD REPORT", "were not passed", "pin_memory", "hashed")

@@ -264,12 +264,16 @@ def assign(wanted: Tensor, sizes: Tensor, allowed: Sequence[int], target: float 
     return levels[choice].to(torch.uint8)
 
 
-PAIRS = 512
-"""Parts that are tried in pairs, taken evenly over all sizes."""
+PARTS = 512
+"""Parts that are tried together, taken evenly over all sizes."""
 
 
 def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: float) -> None:
-    """Move single parts by a level, or two at once, while that brings what is left of the budget nearer to zero."""
+    """Move parts by a level while that brings what is left of the budget nearer to zero.
+
+    Single parts, two at once, or one and as many others the other way as make up for it.
+    """
+    some = sizes.argsort()[:: max(len(sizes) // PARTS, 1)]
     for _ in range(64):
         if abs(left) <= enough:
             return
@@ -283,19 +287,42 @@ def _close(choice: Tensor, sizes: Tensor, levels: Tensor, left: float, enough: f
             (float(gain.min()), [(int(gain.argmin()), 1)]),
             (float(loss.min()), [(int(loss.argmin()), -1)]),
         ]
-        some = sizes.argsort()[:: max(len(sizes) // PAIRS, 1)]
         both = (left - more[some][:, None] + less[some][None, :]).nan_to_num(torch.inf).abs()
         both.fill_diagonal_(torch.inf)
         at = int(both.argmin())
         pair = [(int(some[at // len(some)]), 1), (int(some[at % len(some)]), -1)]
         moves.append((float(both.reshape(-1)[at]), pair))
-        best, changes = min(moves, key=lambda move: move[0])
+        if min(moves)[0] > enough:
+            moves += [
+                _balanced(some, more[some], less[some], -left, 1),
+                _balanced(some, less[some], more[some], left, -1),
+            ]
+        best, changes = min(moves)
         if best >= abs(left):
             return
         before = float((levels[choice] * sizes).sum())
         for part, change in changes:
             choice[part] += change
         left -= float((levels[choice] * sizes).sum()) - before
+
+
+def _balanced(
+    parts: Tensor, costs: Tensor, others: Tensor, missing: float, change: int
+) -> tuple[float, list[tuple[int, int]]]:
+    """Change one of the parts, which costs so much more than is there, and others the other way, the largest first.
+
+    Returns:
+        What is missing then, and the changes.
+    """
+    rest = missing + costs
+    taken = torch.zeros(len(parts), len(parts), dtype=torch.bool, device=costs.device)
+    for i in [i for i in others.argsort(descending=True).tolist() if others[i] < torch.inf]:
+        taken[:, i] = others[i] <= rest
+        taken[i, i] = False
+        rest = torch.where(taken[:, i], rest - others[i], rest)
+    best = int(rest.abs().argmin())
+    changes = [(int(parts[best]), change), *((int(part), -change) for part in parts[taken[best]])]
+    return float(rest[best].abs()), changes
 
 
 def map_entropy(bits: Tensor) -> float:
