@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 import hf_approx
 from hf_approx.cards import write_card
 from hf_approx.checkpoint import attach_packing
+from hf_approx.checkpoint.stored import is_rounded
 from hf_approx.exports import GROUP_SIZES, check_output, export_model, load_model, write_model
 from hf_approx.hub import inspect_source, license_of, push_folder
 from hf_approx.inspection import Inspection, Row, inspect_checkpoint, read_packing
@@ -135,7 +136,7 @@ def compress(
     model = load_model(folder)
     before = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     saved = [entry for entry in model.named_parameters() if entry[0] not in never_saved(model)]
-    names = [name for name, param in saved if param.dim() > 1 and param.is_floating_point()]
+    names = [name for name, param in saved if param.dim() > 1 and is_rounded(param)]
     result = None
     if bits is not None:
         config = SmolConfig(target_bits=bits, bits=range(1, max_bits + 1), seed=seed)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import edit_packing, python
+from helpers import assert_same_weights, edit_packing, python, weights
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.modules import SparseLinear
 from hf_approx.targets import select_modules
@@ -218,11 +218,38 @@ def test_dequantize_gives_a_plain_checkpoint(tmp_path):
     assert torch.equal(logits(plain), logits(model))
 
 
+def test_a_loaded_model_trained_past_half_precision_is_saved_in_its_own_dtype(tmp_path, caplog):
+    save("bert", tmp_path / "a")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        loaded.classifier.bias[0] = 65504.0  # the largest number of float16
+        loaded.save_pretrained(tmp_path / "b")
+        assert "does not fit" not in caplog.text
+        loaded.classifier.bias[0] = 1e9
+        loaded.bert.pooler.dense.weight[0, 0] = 1 / 3
+    loaded.save_pretrained(tmp_path / "b")
+    assert "'classifier.bias' was trained to a value that does not fit float16: every weight" in caplog.text
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "b")
+    assert_same_weights(weights(again), weights(loaded))
+
+
+def test_weights_of_less_than_half_precision_are_stored_as_they_are(tmp_path):
+    model = build("bert").eval()
+    small = torch.nn.Parameter(torch.tensor([0.5, 2.0]).to(torch.float8_e4m3fn), requires_grad=False)
+    model.register_parameter("small", small)
+    names = sparsify(model)
+    with pytest.raises(ValueError, match="'small' is float8_e4m3fn, which is not packed; leave it out"):
+        attach_packing(model, [*names, "small"])
+    attach_packing(model, names)
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["small"].dtype == torch.float8_e4m3fn
+
+
 def test_attach_packing_refuses_and_changes_nothing():
     model = build("bert")
     model.classifier.bias.data[0] = 1e9
     before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match=r"classifier.bias' has a value .* fit float16; pass store_dtype='bfloat16'"):
         attach_packing(model, sparsify(model, sparsity=0.0))
     with pytest.raises(ValueError, match="no parameter 'nowhere'"):
         attach_packing(model, ["nowhere"])

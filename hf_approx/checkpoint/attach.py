@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from hf_approx.checkpoint.activations import activations_of
 from hf_approx.checkpoint.changes import warn_of_changes
 from hf_approx.checkpoint.config import QUANT_METHOD, ApproxConfig
-from hf_approx.checkpoint.quantizer import ApproxQuantizer, rounded
+from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.checkpoint.shared import pack_sharing
+from hf_approx.checkpoint.stored import is_rounded, overflowing
 from hf_approx.checkpoint.zeros import keep_zeros
 from hf_approx.finite import refuse_not_finite
 from hf_approx.packing import (
@@ -77,6 +78,12 @@ def attach_packing(
     unknown = [name for name in names if name not in params]
     if unknown:
         raise ValueError(f"attach_packing: {type(model).__name__} has no parameter '{unknown[0]}'.")
+    other = [name for name in names if not is_rounded(params[name])]
+    if other:
+        kind = str(params[other[0]].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"attach_packing: '{other[0]}' is {kind}, which is not packed; leave it out, and it is stored as it is."
+        )
     computed = never_saved(model)
     lost = [name for name in names if name in computed]
     if lost:
@@ -92,9 +99,16 @@ def attach_packing(
     new = {}
     for name, grid in own_grids.items():
         new[id(params[name])] = (params[name], _on_grid(name, params[name].detach(), grid))
-    for name, param in params.items():
-        if id(param) not in new and param.is_floating_point() and name not in computed:
-            value = param.detach() if dtype is None else rounded(name, param.detach(), dtype).to(param.dtype)
+    rest = {n: p for n, p in params.items() if id(p) not in new and is_rounded(p) and n not in computed}
+    large = None if dtype is None else overflowing(rest, dtype)
+    if large is not None:
+        raise ValueError(
+            f"attach_packing: '{large}' has a value that does not fit {store_dtype}; pass store_dtype='bfloat16', or "
+            "None to store every weight in its own dtype."
+        )
+    for param in rest.values():
+        if id(param) not in new:
+            value = param.detach() if dtype is None else param.detach().to(dtype).to(param.dtype)
             new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
     specs: dict[str, TensorSpec] = {}
     for name in dict.fromkeys(tied.get(name, name) for name in names):

@@ -25,6 +25,7 @@ from hf_approx.checkpoint.contents import (
 )
 from hf_approx.checkpoint.places import Names, Placing, places
 from hf_approx.checkpoint.shared import install_banks, install_shared, materialize_shared, pack_sharing
+from hf_approx.checkpoint.stored import is_rounded, overflowing
 from hf_approx.checkpoint.unpacking import Unpacking
 from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
 from hf_approx.finite import refuse_not_finite
@@ -278,13 +279,21 @@ class ApproxQuantizer(HfQuantizer):
             )
         refuse_not_finite("save_pretrained", model)
         config = self.quantization_config
-        dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
         tensors = model.state_dict(keep_vars=True)
-        shared = pack_sharing(model, dtype)
         specs = _own_names(config.tensors, model, tensors)
         grids, others = self.sort_grids(model)
+        params = dict(model.named_parameters(remove_duplicate=False))
+        dtype = dtype_from_name(config.store_dtype) if config.store_dtype else None
+        large = None if dtype is None else overflowing({n: p for n, p in params.items() if n not in grids}, dtype)
+        if large is not None:
+            logger.warning(
+                "'%s' was trained to a value that does not fit %s: every weight is stored in its own dtype instead.",
+                large,
+                config.store_dtype,
+            )
+            config.store_dtype = dtype = None
+        shared = pack_sharing(model, dtype)
         packed_as = {id(tensors[name]): name for name in (*specs, *grids)}
-        params = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         done: dict[int, tuple[Tensor, TensorSpec | None]] = {}
         filled, moved = [], []
         state: dict[str, Tensor] = {}
@@ -308,8 +317,8 @@ class ApproxQuantizer(HfQuantizer):
                         filled.append(own)
                     if written is not None and written[1].nbytes < written[1].dense_bytes:
                         done[id(tensor)] = written
-                    elif dtype is not None and name in params and tensor.is_floating_point():
-                        done[id(tensor)] = (rounded(name, tensor.detach(), dtype), None)
+                    elif dtype is not None and name in params and is_rounded(tensor):
+                        done[id(tensor)] = (tensor.detach().to(dtype), None)
                     else:
                         done[id(tensor)] = (tensor.detach(), None)
             state[name], described = done[id(tensor)]
@@ -369,14 +378,6 @@ class ApproxQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Decoded modules are ordinary modules."""
         return self.quantization_config.runtime == "dense"
-
-
-def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`; raises `ValueError` if a finite value becomes infinite."""
-    result = tensor.to(dtype)
-    if bool((result.isinf() & tensor.isfinite()).any()):
-        raise ValueError(f"'{name}' has a value that does not fit {dtype}; store bfloat16.")
-    return result
 
 
 def _own_names(tensors: dict[str, Entry], model: PreTrainedModel, existing: Container[str]) -> dict[str, Entry]:
