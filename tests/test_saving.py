@@ -270,6 +270,10 @@ def test_a_model_in_training_is_not_saved_as_one(tmp_path, config):
     assert torch.equal(logits(CLASS.from_pretrained(tmp_path / "model")), logits(model))
     model.bert.save_pretrained(tmp_path / "base")
     assert AutoModel.from_pretrained(tmp_path / "base") is not None
+    if isinstance(config, (SharingConfig, SmolConfig)):  # accelerate writes no config, and names that no model has
+        with pytest.raises(ValueError, match=r"save_model: .* call save_pretrained of the whole model"):
+            accelerator.save_model(model, tmp_path / "accelerate")
+        assert not (tmp_path / "accelerate").exists()
 
 
 def test_the_part_that_no_method_works_on_is_saved(tmp_path):

@@ -60,12 +60,13 @@ def at_work(model: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def refuse_unfinished(model: nn.Module, where: str) -> None:
+def refuse_unfinished(model: nn.Module, where: str, packs: bool = True) -> None:
     """Raise `ValueError` if what is saved of a model now could not be loaded again.
 
     Args:
         model: To be saved.
         where: What the message begins with.
+        packs: Whether it is saved by transformers, which asks the quantizer of a packed model.
     """
     if _unfinished_allowed.get():
         return
@@ -76,7 +77,7 @@ def refuse_unfinished(model: nn.Module, where: str) -> None:
             "call finalize() and attach_packing first. ApproxTrainer does both at the end of training, and its own "
             "checkpoints are to resume from."
         )
-    if isinstance(model, PreTrainedModel) and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
+    if packs and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
         return
     for name, module in model.named_modules():
         does = "shares its weight" if sharing_of(module) is not None else ""
@@ -133,14 +134,14 @@ def _whole(original: Callable[..., None]) -> Callable[..., None]:
     return save_pretrained
 
 
-def _refusing(original: Callable[..., Any], where: str, position: int) -> Callable[..., Any]:
+def _refusing(original: Callable[..., Any], where: str, position: int, packs: bool = True) -> Callable[..., Any]:
     """A function that saves a model, its argument of this position, without writing unfinished ones."""
 
     @functools.wraps(original)
     def save(*args: Any, **kwargs: Any) -> Any:
         model = args[position] if len(args) > position else kwargs.get("model")
         if isinstance(model, nn.Module):
-            refuse_unfinished(model, where)
+            refuse_unfinished(model, where, packs)
         return original(*args, **kwargs)
 
     return save
@@ -160,4 +161,4 @@ def _holds_packed(folder: str | os.PathLike[str]) -> bool:
 
 PreTrainedModel.save_pretrained = _whole(PreTrainedModel.save_pretrained)  # type: ignore[method-assign]
 PreTrainedModel.push_to_hub = _refusing(PreTrainedModel.push_to_hub, "push_to_hub", 0)  # type: ignore[method-assign,assignment]
-Accelerator.save_model = _refusing(Accelerator.save_model, "save_model", 1)
+Accelerator.save_model = _refusing(Accelerator.save_model, "save_model", 1, packs=False)
