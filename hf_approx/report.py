@@ -12,11 +12,15 @@ from hf_approx.packing import Grid, expand
 
 
 def kind_of(name: str) -> str:
-    """What a layer is within its block: the name after the last number, without `weight`; of a template its bank."""
+    """What a layer is within its block: the name after the last number, without `weight`; of a template its bank.
+
+    Of a layer that is a block by itself it is the name of the list.
+    """
     _, in_bank, rest = f".{name}".partition(f".{BANKS}.")
     if in_bank:
         return rest.split(".")[0]
-    return re.sub(r"^.*\.\d+\.", "", name).removesuffix(".weight")
+    layer = name.removesuffix(".weight")
+    return re.sub(r"^.*\.\d+\.", "", layer) if re.search(r"\.\d+\.", layer) else re.sub(r"(.)\.\d+$", r"\1", layer)
 
 
 def labels(methods: Sequence[Method]) -> list[str]:

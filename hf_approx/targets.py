@@ -6,6 +6,7 @@ from collections.abc import Container, Sequence
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -70,12 +71,13 @@ def select_modules(
         model: Any model.
         target_modules: A regular expression matched against the whole module name, or a list of names or
             name endings. Default: every linear and convolution layer inside the repeated blocks of the
-            base model, so no embedding, norm, bias or output head.
+            base model, so no embedding, norm, bias or output head. Of these, what cannot be a target is left out
+            with a warning.
         exclude: Modules to leave out, in the same notation.
 
     Raises:
-        ValueError: Nothing matches, a matched module has no weight of two or more dimensions, or its
-            weight is tied to another module's, or never saved.
+        ValueError: Nothing matches, or a matched module has no weight of two or more dimensions, or one that is
+            empty, tied to another module's, computed from other parameters, or never saved.
     """
     computed = never_saved(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -84,7 +86,7 @@ def select_modules(
         for param in module._parameters.values():
             users[id(param)] = users.get(id(param), 0) + 1
 
-    selected = {}
+    selected, unfit = {}, {}
     for name, module in model.named_modules():
         if target_modules is None:
             default = isinstance(module, DEFAULT_TYPES) and module is not head and _in_block(model, name)
@@ -99,24 +101,50 @@ def select_modules(
             if isinstance(target_modules, str) and next(module.children(), None) is not None:
                 continue
             raise ValueError(f"'{name}' ({type(module).__name__}) has no weight of two or more dimensions.")
-        if users.get(id(weight), 1) > 1:
-            raise ValueError(
-                f"The weight of '{name}' is tied to another module's; add '{name}' to exclude, or untie it."
+        problem = None
+        if weight.numel() == 0:
+            problem = f"The weight of '{name}' is empty; add '{name}' to exclude."
+        elif _computes(module):
+            problem = (
+                f"'{name}' computes its weight from other parameters, as weight normalization does; add '{name}' to "
+                "exclude, or remove that parametrization first."
             )
-        if f"{name}.weight" in computed:
-            raise ValueError(
+        elif users.get(id(weight), 1) > 1:
+            problem = f"The weight of '{name}' is tied to another module's; add '{name}' to exclude, or untie it."
+        elif f"{name}.weight" in computed:
+            problem = (
                 f"{type(model).__name__} computes the weight of '{name}', and transformers never saves it; add "
                 f"'{name}' to exclude."
             )
-        selected[name] = module
-    if target_modules is None:
-        _tell_of_others(model, selected)
+        if problem is None:
+            selected[name] = module
+        elif target_modules is None:
+            unfit[name] = problem
+        else:
+            raise ValueError(problem)
     if not selected:
+        if unfit:
+            raise ValueError(f"No layer of {type(model).__name__} can be compressed. {next(iter(unfit.values()))}")
         raise ValueError(
             f"No module of {type(model).__name__} matches target_modules={target_modules!r}; "
             "print(model) shows the names."
         )
+    if target_modules is None:
+        _tell_of_others(model, selected)
+    if unfit:
+        more = f" So are {len(unfit) - 1} others that cannot be targets." if len(unfit) > 1 else ""
+        logger.warning("%s It is left as it is.%s", next(iter(unfit.values())), more)
     return selected
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether the weight is computed by something that is not of this package: the model's own parametrization."""
+    if "weight" in module._parameters:
+        return False
+    if not parametrize.is_parametrized(module, "weight"):
+        return True
+    parts = cast(nn.ModuleList, cast(nn.ModuleDict, module.parametrizations)["weight"])
+    return any(not type(part).__module__.startswith(f"{__package__}.") for part in parts)
 
 
 def _tell_of_others(model: nn.Module, selected: dict[str, nn.Module]) -> None:

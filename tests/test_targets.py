@@ -2,10 +2,22 @@
 
 import pytest
 import torch
-from transformers import MarianConfig, MarianMTModel, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from torch import nn
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.parametrizations import weight_norm
+from transformers import (
+    EncodecConfig,
+    EncodecModel,
+    MarianConfig,
+    MarianMTModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
-from hf_approx import MagnitudePruningConfig, SmolConfig, SparsificationConfig, attach_packing
+from hf_approx import MagnitudePruningConfig, SharingConfig, SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.cli import main
+from hf_approx.report import kind_of
 from hf_approx.targets import select_modules
 from models import ARCHITECTURES, build
 
@@ -51,14 +63,59 @@ def test_experts_that_share_a_parameter_are_not_passed_over_in_silence(caplog):
     assert caplog.messages == []
 
 
-def test_a_tied_weight_is_refused():
+def blocks(*layers):
+    """A model whose blocks are these layers."""
+    return nn.Sequential(*layers)
+
+
+def tied_bert():
     model = build("bert")
     layers = model.bert.encoder.layer
     layers[1].intermediate.dense.weight = layers[0].intermediate.dense.weight
-    with pytest.raises(ValueError, match=r"'bert.encoder.layer.0.intermediate.dense' is tied.*add .* to exclude"):
-        select_modules(model)
-    both = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]
-    assert not set(both) & set(select_modules(model, exclude=both))
+    return model
+
+
+UNFIT = {
+    "tied": (tied_bert, "bert.encoder.layer.0.intermediate.dense", "is tied.*add .* to exclude"),
+    "normed": (lambda: blocks(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4))), "1", "computes its weight from other"),
+    "old norm": (lambda: blocks(nn.Linear(4, 4), old_weight_norm(nn.Linear(4, 4))), "1", "computes its weight from"),
+    "empty": (lambda: blocks(nn.Linear(4, 4), nn.Linear(0, 4)), "1", "is empty; add '1' to exclude"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "name", "message"), UNFIT.values(), ids=UNFIT)
+def test_what_cannot_be_a_target_is_left_out_of_the_default_and_refused_by_name(make, name, message, caplog):
+    model = make()
+    with pytest.raises(ValueError, match=f"'{name}' {message}" if name != "1" else message):
+        select_modules(model, [name])
+    selected = select_modules(model)
+    assert selected
+    assert name not in selected
+    (told,) = [text for text in caplog.messages if "It is left as it is." in text]
+    assert f"'{name}'" in told
+    caplog.clear()
+    assert list(select_modules(model, exclude=[f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]))
+    assert ("It is left" in caplog.text) == (name == "1")
+
+
+def test_a_model_of_nothing_else_is_refused():
+    with pytest.raises(ValueError, match=r"No layer of Sequential can be compressed. '0' computes its weight"):
+        select_modules(blocks(weight_norm(nn.Linear(4, 4))))
+
+
+def test_a_codec_whose_layers_are_all_normalized_is_refused():
+    config = EncodecConfig(num_filters=4, num_lstm_layers=1, hidden_size=16, codebook_dim=16, codebook_size=8)
+    with pytest.raises(ValueError, match=r"No layer of EncodecModel can be compressed. 'encoder.*computes its weight"):
+        SparsificationConfig().build().attach(EncodecModel(config))
+
+
+def test_layers_that_are_blocks_by_themselves_share_weights():
+    model = blocks(*(nn.Linear(4, 4) for _ in range(3)))
+    method = SharingConfig(templates=2).build()
+    method.attach(model)
+    assert list(method.banks) == ["layers"]
+    assert [kind_of(name) for name in ("0.weight", "a.b.0.weight", "a.0.b.1.c.weight")] == ["0", "a.b", "c"]
 
 
 def marian():

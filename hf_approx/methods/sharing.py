@@ -374,7 +374,7 @@ def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[st
                 groups.setdefault((kind, shape), {})[name] = module
         for (kind, _), group in groups.items():
             if len(group) > 1:
-                label = re.sub(r"[^\w-]", "-", kind)[:100]
+                label = re.sub(r"[^\w-]", "-", kind)[:100] or "layers"
                 names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
                 banks[next(name for name in names if name not in banks and is_bank_name(name))] = group
                 rest = {name: module for name, module in rest.items() if name not in group}
