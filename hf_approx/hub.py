@@ -126,10 +126,10 @@ def push_folder(
         raise ValueError("The token has characters that no token has; copy it again.")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder.")
-    if token is None and get_token() is None:
-        raise ValueError(f"Nothing was pushed to '{repo_id}': {LOGIN}.")
     folder = Path(folder)
     files, left_out = _model(find_checkpoint(str(folder)), repo_id) if is_model else _files(folder)
+    if token is None and get_token() is None:
+        raise ValueError(f"Nothing was pushed to '{repo_id}': {LOGIN}.")
     api = HfApi(token=token)
     try:
         return _push(api, files, left_out, repo_id, private, revision, message)

@@ -261,7 +261,7 @@ def weight_index(folder: Path) -> dict[str, str] | None:
         PackedFormatError: It is damaged.
     """
     index = folder / INDEX
-    if (folder / WEIGHTS).is_file() or not index.is_file():
+    if (folder / WEIGHTS).is_file() or not own_file(folder, INDEX):
         return None
     return weight_map(read_json(index), str(index))
 
