@@ -246,6 +246,7 @@ def test_copies_share_their_own_bank():
         ({"coefficient_lr": float("nan")}, "coefficient_lr must be"),
         ({"groups": {}}, "groups must map"),
         ({"groups": {"a.b": "x"}}, "a bank's name"),
+        ({"groups": {"keys": "x"}}, "not an attribute of modules"),
         ({"groups": {"a": "x"}, "target_modules": "y"}, "leave out target_modules"),
     ],
 )
