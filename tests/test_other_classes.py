@@ -48,6 +48,15 @@ def llava():
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def mllama():
+    vision = {**IMAGES, "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 32}
+    vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]], "max_num_tiles": 1}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {**TEXT, "cross_attention_layers": [1], "rope_parameters": rope, "pad_token_id": 0}
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text)
+    return transformers.MllamaForConditionalGeneration(config)
+
+
 def clip():
     text = {**VISION, "vocab_size": VOCAB, "max_position_embeddings": 32, "projection_dim": 8}
     vision = {**IMAGES, "projection_dim": 8}
@@ -110,12 +119,13 @@ def test_every_matrix_comes_back_where_initialization_reads_shapes(tmp_path, bui
         (qwen, [AutoModelForCausalLM, AutoModel]),
         (gemma, [AutoModelForCausalLM, transformers.Gemma3ForSequenceClassification]),
         (llava, [AutoModel]),
+        (mllama, [transformers.MllamaVisionModel, transformers.MllamaTextModel, AutoModelForCausalLM]),
         (bart, [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification]),
         (lambda: build("t5"), [transformers.T5EncoderModel, transformers.T5ForSequenceClassification, AutoModel]),
         (masked_bert, [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM]),
         (lambda: build("gpt2").transformer, [AutoModelForCausalLM, AutoModelForSequenceClassification]),
     ],
-    ids=["qwen3_5", "gemma3", "llava", "bart", "t5", "bert", "gpt2"],
+    ids=["qwen3_5", "gemma3", "llava", "mllama", "bart", "t5", "bert", "gpt2"],
 )
 def test_a_class_reads_from_a_packed_file_what_it_reads_from_a_plain_one(tmp_path, build_model, classes):
     packed(build_model(), tmp_path)
@@ -140,7 +150,8 @@ def rename(folder, change):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [("encoder.layer", "blocks"), ("embeddings.", "elsewhere.embeddings."), ("bert.", "model.text.")]
+    ("old", "new"),
+    [("encoder.layer", "blocks"), ("embeddings.", "elsewhere.embeddings."), ("bert.encoder", "elsewhere.encoder")],
 )
 def test_names_that_nothing_explains_stop_the_loading(tmp_path, old, new):
     packed(masked_bert(), tmp_path)

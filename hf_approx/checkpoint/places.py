@@ -1,6 +1,6 @@
 """Where the tensors of a packed file belong in the model that loads it, whatever class saved it."""
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -18,13 +18,22 @@ class Names:
     A packed file uses the names of the class that saved it. Other classes of the architecture have the same names,
     have them with or without the base model's prefix, or have those that transformers' own renaming makes of them.
 
+    If that leaves the base model without some of its parameters, and all of them are in the file below one module, and
+    below no other, then it is that part of the model that was saved.
+
     Args:
         model: The model that loads the file.
+        stored: Names of the tensors in the file.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
         self._model = model
         self._renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+        self._part: tuple[str, str] | None = None
+        existing = model.state_dict()
+        found = {self.find(name, existing) for name in stored}
+        if missing(model, existing, found - {None}):
+            self._part = _part(model, existing, stored)
 
     def find(self, name: str, existing: Container[str]) -> str | None:
         """The name of the same parameter or module in the model, or None if it has no such part.
@@ -36,12 +45,45 @@ class Names:
         renamed = name
         for renaming in self._renamings:
             renamed, _ = renaming.rename_source_key(renamed)
-        own = own_name(name, self._model.base_model_prefix, existing)
-        own = own or own_name(renamed, self._model.base_model_prefix, existing)
+        prefix = self._model.base_model_prefix
+        own = own_name(name, prefix, existing) or own_name(renamed, prefix, existing)
+        if self._part is not None:
+            front, inner = self._part
+            if name.startswith(front):
+                own = own if (own := inner + name.removeprefix(front)) in existing else None
+            elif own is not None and own.startswith(inner):
+                own = None  # of another part
         _, bank, rest = f".{name}".partition(f".{BANKS}.")
         if own is None and bank and bank_prefix(self._model) + rest in existing:
             own = bank_prefix(self._model) + rest
         return own
+
+
+def base_prefix(model: PreTrainedModel) -> str:
+    """What the names of the base model's parameters start with."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def missing(model: PreTrainedModel, existing: Iterable[str], filled: Container[str | None]) -> list[str]:
+    """The parameters and buffers of the base model that would start random."""
+    tied, prefix = model.all_tied_weights_keys, base_prefix(model)
+    return [n for n in existing if n.startswith(prefix) and n not in filled and tied.get(n) not in filled]
+
+
+def _part(model: PreTrainedModel, existing: Collection[str], stored: Collection[str]) -> tuple[str, str] | None:
+    """What the file has in front of all names of the base model, and what the model has there; None if it is unclear.
+
+    Not every class names its base model by its prefix: then it is the only model within it.
+    """
+    tied = model.all_tied_weights_keys
+    within = [f"{name}." for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    for inner in (base_prefix(model), *(within if len(within) == 1 else ())):
+        bare = [name.removeprefix(inner) for name in existing if name.startswith(inner) and name not in tied]
+        fronts = [name.removesuffix(bare[0]) for name in stored if bare and f".{name}".endswith(f".{bare[0]}")]
+        fronts = [front for front in fronts if all(front + name in stored for name in bare)]
+        if len(fronts) == 1:
+            return fronts[0], inner
+    return None
 
 
 def places(stored: Collection[str], packed: Container[str], model: PreTrainedModel, names: Names) -> dict[str, str]:
@@ -84,12 +126,10 @@ def _refuse_lost(
     does not have and a base model with blocks that the file does not have are the same blocks under two names, and so
     are a tensor and a parameter whose names differ by what is in front.
     """
-    tied = model.all_tied_weights_keys
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    missing = [n for n in existing if n.startswith(prefix) and n not in filled and tied.get(n) not in filled]
+    prefix = base_prefix(model)
     ends = {name[i:]: name for name in unplaced for i in range(len(name)) if i == 0 or name[i - 1] == "."}
     block = next((name for name in unplaced if _in_block(name)), None)
-    for own in missing:
+    for own in missing(model, existing, filled):
         name = ends.get(own.removeprefix(prefix), block if _in_block(own) else None)
         if name is not None:
             raise PackedFormatError(

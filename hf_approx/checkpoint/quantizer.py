@@ -127,7 +127,8 @@ class ApproxQuantizer(HfQuantizer):
         """Check config and files against the model, and find the place of every tensor in it."""
         files = checkpoint_files or []
         self.quantization_config = config = whole_section(self.quantization_config, files)
-        names, headers = Names(model), read_headers(files)
+        headers = read_headers(files)
+        names = Names(model, {name for tensors in headers.values() for name in tensors})
         self._is_plain = holds_plain(config, headers, model, names)
         if self._is_plain:
             logger.warning(
