@@ -1,5 +1,6 @@
 """Packed checkpoints through the real `save_pretrained` and `from_pretrained`."""
 
+import copy
 import json
 
 import pytest
@@ -119,6 +120,75 @@ def test_packed_runtime_computes_the_same(tmp_path, name):
     sparse = [m for m in loaded.modules() if isinstance(m, SparseLinear)]
     assert bool(sparse) == (name != "resnet")
     torch.testing.assert_close(logits(loaded, name), logits(model, name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2", "t5"])
+def runtimes(request, tmp_path_factory):
+    """The name of a model, the model, and a copy of it whose layers stay packed."""
+    folder = tmp_path_factory.mktemp("packed")
+    model = save(request.param, folder)
+    return (
+        request.param,
+        model,
+        type(model).from_pretrained(folder, quantization_config=ApproxConfig(runtime="packed")),
+    )
+
+
+def test_models_that_stay_packed_are_copied_and_pickled_whole(runtimes, tmp_path):
+    name, _, packed = runtimes
+    packed.save_pretrained(tmp_path / "a")
+    torch.save(packed, tmp_path / "pickle")
+    for k, copied in enumerate([copy.deepcopy(packed), torch.load(tmp_path / "pickle", weights_only=False)]):
+        assert torch.equal(logits(copied, name), logits(packed, name))
+        own = next(module for module in copied.modules() if isinstance(module, SparseLinear))
+        own.values.zero_()
+        assert not torch.equal(logits(copied, name), logits(packed, name))
+        copied.save_pretrained(tmp_path / f"{k}")
+        assert files(tmp_path / f"{k}") == files(tmp_path / "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_that_stay_packed_are_cast_as_decoded_ones_are(runtimes, tmp_path, dtype):
+    name, model, packed = runtimes
+    model, cast = copy.deepcopy(model).to(dtype), copy.deepcopy(packed).to(dtype)
+    assert cast.dtype == dtype
+    assert {m.weight.dtype for m in cast.modules() if isinstance(m, SparseLinear)} == {dtype}
+    result = logits(cast, name)
+    assert result.dtype == dtype
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(result, logits(model, name), rtol=tolerance, atol=tolerance)
+    cast.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=dtype)
+    torch.testing.assert_close(logits(again, name), logits(model, name), rtol=tolerance, atol=tolerance)
+
+
+def test_weights_that_stay_packed_count_as_parameters_and_take_the_memory_of_their_nonzeros(runtimes):
+    _, model, packed = runtimes
+    for part, same in ((packed, model), (copy.deepcopy(packed), model), (packed.base_model, model.base_model)):
+        assert part.num_parameters() == same.num_parameters()
+        assert part.num_parameters(exclude_embeddings=True) == same.num_parameters(exclude_embeddings=True)
+        assert part.num_parameters(only_trainable=True) == sum(p.numel() for p in part.parameters())
+    assert packed.get_memory_footprint() < model.get_memory_footprint()
+
+
+def test_layers_that_stay_packed_are_never_left_untrained_in_silence(runtimes):
+    name, model, packed = runtimes
+    packed.train()
+    with pytest.raises(RuntimeError, match=r"runtime='dense' to train it, or call model\.eval"):
+        packed(**batch(name))
+    with torch.no_grad():
+        packed(**batch(name))
+    gradients = []
+    for each in (packed.eval(), model.eval()):
+        each.zero_grad()
+        output = each(**batch(name)).logits
+        if each is packed:
+            with pytest.warns(UserWarning, match="their weights get none: load the model with runtime='dense'"):
+                output.square().sum().backward()
+        else:
+            output.square().sum().backward()
+        gradients.append(each.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_packed_runtime_decodes_layers_too_dense_for_csr(tmp_path):

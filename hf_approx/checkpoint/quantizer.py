@@ -31,7 +31,7 @@ from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, release_filled
 from hf_approx.finite import refuse_not_finite
 from hf_approx.headers import join_headers
 from hf_approx.logs import get_logger
-from hf_approx.modules import MAX_DENSITY, SparseLinear
+from hf_approx.modules import MAX_DENSITY, ParameterCount, SparseLinear
 from hf_approx.packing import (
     Grid,
     PackedFormatError,
@@ -215,6 +215,9 @@ class ApproxQuantizer(HfQuantizer):
                 type(model).__name__,
                 100 * MAX_DENSITY,
             )
+        for part in model.modules():
+            if packed_layers and isinstance(part, PreTrainedModel):
+                part.num_parameters = ParameterCount(part)  # type: ignore[method-assign]
         self.settle(model)
         own = [str(ref).startswith(f"{LOADER}.") for ref in (getattr(model.config, "auto_map", None) or {}).values()]
         if own and all(own) and not model._auto_class:
