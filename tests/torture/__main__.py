@@ -4,6 +4,7 @@ import argparse
 import os
 import shutil
 import sys
+import threading
 import time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,7 @@ os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 import torch
 import transformers
+from tqdm import tqdm
 
 from torture import disk, fuzz, hostile, kill
 from torture.engine import Case, bad, judge, run, scratch, table
@@ -66,6 +68,9 @@ def main() -> int:
 def quiet() -> None:
     """One thread, and no word of transformers: what it logs is not what is looked at here."""
     torch.set_num_threads(1)
+    # tqdm's own lock is one for all forks: a killed one would keep it.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
 
