@@ -4,6 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CONFIG ?= recipes/configs/words_sparse90.yaml
 OUTPUT ?= outputs/words_sparse90
+# Of torture: damaged folders of each codec, kills and full disks in all, and what all of them are drawn from.
+CASES ?= 10000
+KILLS ?= 200
+DISKS ?= 200
+SEED ?= 0
 # Each recipe with the config that is its default.
 RECIPES := text_classification:words_sparse90 language_modeling:lm_docs_sparse80_bits4 \
 	image_classification:digits_vit_sparse80 optimizer_sweep:sweep_digits ticket_search:tickets_digits \
@@ -13,7 +18,7 @@ RECIPES := text_classification:words_sparse90 language_modeling:lm_docs_sparse80
 # Those that save a model; their cards and pictures are in model_cards.
 CARDS := text_classification language_modeling image_classification translation image_generation
 
-.PHONY: demo test slow lint smoke cards clean
+.PHONY: demo test slow torture lint smoke cards clean
 
 demo: $(VENV)/demo.stamp  ## Fine-tune, sparsify, save, load back: about five minutes on two cores
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/text_classification.py \
@@ -25,6 +30,9 @@ test: $(VENV)/dev.stamp  ## The test suite, without the tests marked slow
 
 slow: $(VENV)/dev.stamp  ## The tests marked slow
 	$(BIN)/python -m pytest -m slow
+
+torture: $(VENV)/dev.stamp  ## Damaged and hostile folders, kills, full disks: nothing may be lost or wrong
+	PYTHONPATH=tests $(BIN)/python -m torture --cases $(CASES) --kills $(KILLS) --disks $(DISKS) --seed $(SEED) $(PARTS)
 
 lint: $(VENV)/dev.stamp  ## Lint, format and types
 	$(BIN)/ruff check .

@@ -25,41 +25,44 @@ CHUNKS = {"fuzz": 200, "kill": 1, "disk": 8, "hostile": 8}
 """Cases of a part that one fork judges."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit status 1 if anything is lost or wrong."""
     parser = argparse.ArgumentParser(prog="torture", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all")
     parser.add_argument("--cases", type=int, default=10_000, help="damaged folders of each codec")
     parser.add_argument("--kills", type=int, default=200, help="kills in all")
     parser.add_argument("--disks", type=int, default=200, help="full disks in all")
+    parser.add_argument("--hostile", type=int, help="hostile folders, each with one command; default: all")
+    parser.add_argument("--short", action="store_true", help="of what is killed or finds a full disk, only the quickest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--case", help="try only this one, with the counts and the seed it had, and keep its folder")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     parts = [args.case.partition("/")[0]] if args.case else args.parts or PARTS
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no part {unknown.pop()}")
     quiet()
-    makers = {
-        "fuzz": lambda: fuzz.cases(args.cases, args.seed),
-        "kill": lambda: kill.cases(args.kills, args.seed),
-        "disk": lambda: disk.cases(args.disks),
-        "hostile": hostile.cases,
-    }
-    results = []
     started = time.monotonic()
+    root = scratch()
     try:
+        actions = kill.prepare(root, args.short) if {"kill", "disk"} & set(parts) else []
+        makers = {
+            "fuzz": lambda: fuzz.cases(args.cases, args.seed),
+            "kill": lambda: kill.cases(actions, args.kills, args.seed),
+            "disk": lambda: disk.cases(actions, args.disks),
+            "hostile": lambda: hostile.cases(args.hostile, args.seed),
+        }
+        if args.case:
+            return _one(makers[parts[0]](), args.case)
+        results = []
         for part in parts:
             cases = makers[part]()
-            if args.case:
-                return _one(cases, args.case)
             print(f"{part}: {len(cases)} cases", file=sys.stderr, flush=True)
             results += run(cases, args.workers, CHUNKS[part])
     finally:
-        for root in kill.roots():
-            shutil.rmtree(root, ignore_errors=True)
+        shutil.rmtree(root, ignore_errors=True)
     for result in bad(results):
-        print(f"{result.outcome}: {result.case}: {result.note}")
+        print(f"{result.outcome}: {result.case}: {' '.join(result.note.split())}")
     print(table(results))
     print(f"seed {args.seed}, {args.workers} workers, {time.monotonic() - started:.0f} s")
     return int(any(bad(results)))

@@ -70,6 +70,11 @@ class Action:
     places: list[list[int]] = field(default_factory=list)
     bytes: int = 0
 
+    @property
+    def kind(self) -> str:
+        """Its first word."""
+        return self.name.replace("_", " ").replace(",", " ").partition(" ")[0]
+
     def state(self, folder: Path, hidden: bool = False) -> Files:
         """What counts of what is in the folder."""
         files = read(folder, hidden)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-from torture import kill
 from torture.actions import Action
 from torture.engine import Case, LostError, WrongError, in_child
+from torture.kill import SECONDS
 
 SIZE = 64 << 20
 PAGE = 4096
@@ -37,27 +37,25 @@ def mountable() -> bool:
     return found
 
 
-def cases(count: int) -> list[Case]:
+def cases(actions: list[Action], count: int) -> list[Case]:
     """`count` disks that are full, from nothing left to nearly enough; and one that is read-only for each action."""
-    actions = kill.actions()
+    turns = max(1, count // len(actions))
     found = []
-    for turn in range(max(1, count // len(actions))):
+    for turn in range(turns):
         for action in actions:
-            share = turn / max(1, count // len(actions))
-            name = f"disk/{action.name.replace(' ', '-')}/{turn}"
-            run = partial(_full, action, int(SPARE * share * action.bytes / PAGE) * PAGE)
-            what = f"{action.name}, with {share:.0%} of what it needs"
-            found.append(Case(name, f"disk full, {_kind(action)}", run, what, kill.SECONDS))
-    if mountable():
-        for action in actions:
-            name = f"disk/{action.name.replace(' ', '-')}/read-only"
-            run = partial(_read_only, action)
-            found.append(Case(name, "disk read-only", run, f"{action.name}, read-only", kill.SECONDS))
+            share = SPARE * turn / turns
+            run = partial(_full, action, int(share * action.bytes / PAGE) * PAGE)
+            what = f"{action.name}, with {share:.0%} of the space it takes"
+            found.append(Case(f"disk/{_name(action)}/{turn}", f"disk full, {action.kind}", run, what, SECONDS))
+    for action in actions if mountable() else ():
+        run = partial(_read_only, action)
+        what = f"{action.name}, read-only"
+        found.append(Case(f"disk/{_name(action)}/read-only", "disk read-only", run, what, SECONDS))
     return found
 
 
-def _kind(action: Action) -> str:
-    return action.name.partition(" ")[0].rstrip(",").partition("_")[0]
+def _name(action: Action) -> str:
+    return action.name.replace(",", "").replace(" ", "-")
 
 
 def _full(action: Action, free: int, folder: Path) -> None:

@@ -17,17 +17,11 @@ def _goods(codec: str) -> list[Good]:
     return [good(codec, variant) for variant in CODECS[codec]]
 
 
-def prepare() -> None:
-    """Make the good folders, before workers are forked."""
-    for codec in CODECS:
-        _goods(codec)
-
-
 def cases(count: int, seed: int) -> list[Case]:
     """`count` damaged folders of each codec."""
     found = []
     for codec in CODECS:
-        variants = list(CODECS[codec])
+        variants = _goods(codec)  # made before workers are forked
         for i in range(count):
             trial = _Trial(codec, i % len(variants), f"{seed}/{codec}/{i}")
             found.append(Case(f"fuzz/{codec}/{i}", f"fuzz {codec}", trial, trial.describe))

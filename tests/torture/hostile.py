@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ def _bases() -> dict[str, tuple[Files, Truth]]:
     return found
 
 
-def cases() -> list[Case]:
-    """Every hostile folder with every command that makes sense for it."""
+def cases(count: int | None = None, seed: int = 0) -> list[Case]:
+    """Every hostile folder with every command that makes sense for it, or `count` of them."""
     _bases()
     found = []
     for name, (kind, base, build) in folders().items():
@@ -81,7 +82,7 @@ def cases() -> list[Case]:
                 continue  # transformers builds that before it asks hf_approx
             run = partial(_try, base, build, command)
             found.append(Case(f"hostile/{name}/{base}/{command}", f"hostile, {kind}", run, f"{name}, {command}"))
-    return found
+    return found if count is None else Random(seed).sample(found, count)
 
 
 COMMANDS = {

@@ -14,45 +14,33 @@ from types import FrameType
 from typing import Any
 
 from torture.actions import Action, commands, saves, tickets, trainings
-from torture.engine import Case, LostError, in_child, scratch
+from torture.engine import Case, LostError, in_child
 from torture.folders import read
 
 SHARES = {"train": 7, "save": 5, "compress": 2, "export": 2, "card": 2, "tickets": 4}
 """Parts of the kills that each kind of action gets; those of one kind take turns."""
+SHORT = ("save_pretrained", "save_pretrained in shards", "compress", "card over a card", "train sparsification")
 SECONDS = 120.0
-_actions: dict[str, list[Action]] = {}
-_root: list[Path] = []
 
 
-def prepare() -> None:
-    """Make what the actions start from, and find out what each does if nothing comes in between."""
-    if _actions:
-        return
-    root = scratch()
-    _root.append(root)
+def prepare(root: Path, short: bool = False) -> list[Action]:
+    """Make what the actions start from, and find out what each does if nothing comes in between.
+
+    Args:
+        root: Folder for that; it must stay.
+        short: Only the few that take no time.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         made = [*saves(root / "saves"), *commands(root / "commands"), *trainings(), *tickets()]
-    for action in made:
-        with contextlib.redirect_stdout(io.StringIO()):
-            measure(action)
-        kind = next(kind for kind in SHARES if action.name.startswith(kind))
-        _actions.setdefault(kind, []).append(action)
+        made = [action for action in made if not short or action.name in SHORT]
+        for action in made:
+            measure(action, root)
+    return made
 
 
-def actions() -> list[Action]:
-    """All of them, measured."""
-    prepare()
-    return [action for kind in SHARES for action in _actions[kind]]
-
-
-def roots() -> list[Path]:
-    """Folders to remove in the end."""
-    return _root
-
-
-def measure(action: Action) -> None:
+def measure(action: Action, root: Path) -> None:
     """Act undisturbed, twice: it must do the same again."""
-    with tempfile.TemporaryDirectory(dir=_root[0]) as name:
+    with tempfile.TemporaryDirectory(dir=root) as name:
         warm, new = Path(name, "warm"), Path(name, "new")
         for folder in (warm, new):
             folder.mkdir()
@@ -70,16 +58,15 @@ def measure(action: Action) -> None:
             raise AssertionError(f"{action.name} does not do the same twice: {action.describe(action.state(warm))}")
 
 
-def cases(count: int, seed: int) -> list[Case]:
+def cases(actions: list[Action], count: int, seed: int) -> list[Case]:
     """`count` kills in all."""
-    prepare()
+    kinds = {kind: [action for action in actions if action.kind == kind] for kind in SHARES}
+    total = sum(SHARES[kind] for kind, own in kinds.items() if own)
     found = []
-    total = sum(SHARES.values())
-    for kind, share in SHARES.items():
-        for i in range(max(1, round(count * share / total))):
-            action = _actions[kind][i % len(_actions[kind])]
-            trial = _Trial(action, Random(f"{seed}/{kind}/{i}"), i // len(_actions[kind]) % 2 == 0)
-            found.append(Case(f"kill/{kind}/{i}", f"kill {kind}", trial, trial.what, SECONDS))
+    for kind, own in kinds.items():
+        for i in range(max(1, round(count * SHARES[kind] / total)) if own else 0):
+            trial = _Trial(own[i % len(own)], Random(f"{seed}/{kind}/{i}"), i // len(own) % 2 == 0)
+            found.append(Case(f"kill/{kind}/{i}", f"kill, {kind}", trial, trial.what, SECONDS))
     return found
 
 
@@ -131,8 +118,6 @@ CALLS = frozenset(
         "write_end_of_file",
     ]
 )
-
-
 PICTURES = ("/matplotlib/", "/PIL/")
 
 
