@@ -61,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
             results += run(cases, args.workers, CHUNKS[part])
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    for result in bad(results):
-        print(f"{result.outcome}: {result.case}: {' '.join(result.note.split())}")
     print(table(results))
     print(f"seed {args.seed}, {args.workers} workers, {time.monotonic() - started:.0f} s")
     return int(any(bad(results)))

@@ -127,8 +127,8 @@ def judge(case: Case, folder: Path, trace: bool = False) -> Result:
     return result("fine", "")
 
 
-def run(cases: Sequence[Case], workers: int, chunk: int = 50, tell: bool = True) -> list[Result]:
-    """Judge all cases, `chunk` of them in each fork."""
+def run(cases: Sequence[Case], workers: int, chunk: int = 50) -> list[Result]:
+    """Judge all cases, `chunk` of them in each fork; those that must not be are printed as they are found."""
     root = scratch()
     todo = deque(range(i, min(i + chunk, len(cases))) for i in range(0, len(cases), chunk))
     running: list[_Worker] = []
@@ -147,9 +147,11 @@ def run(cases: Sequence[Case], workers: int, chunk: int = 50, tell: bool = True)
                 running.remove(worker)
                 left = worker.stop()
                 results += worker.results
+                for result in bad(worker.results):
+                    print(f"{result.outcome}: {result.case}: {' '.join(result.note.split())}", flush=True)
                 if left:
                     todo.appendleft(left)
-            if tell and time.monotonic() - shown > 10:
+            if time.monotonic() - shown > 30:
                 shown = time.monotonic()
                 found = len(results) + sum(len(worker.results) for worker in running)
                 print(f"  {found} of {len(cases)}", file=sys.stderr, flush=True)
