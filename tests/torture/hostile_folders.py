@@ -285,7 +285,7 @@ def _names(add: Add) -> None:
     def field(path: str, value: Any, folder: Path, outside: Path) -> None:
         _edit(folder, lambda config: config.update({path: value}))
 
-    for value in ("os.system", "../../x", "PreTrainedModel", "AutoModel", "torch", EVIL, "GPT2Config", "pipeline", ""):
+    for value in ("os.system", "../../x", "PreTrainedModel", "torch", EVIL, "GPT2Config", "pipeline", ""):
         label = "codes" if value == EVIL else value or "empty"
         add("names", f"architecture {label}", partial(field, "architectures", [value]))
     add("names", "labels", partial(field, "id2label", {"0": EVIL, "1": "![x](http://evil/x.png)"}))
