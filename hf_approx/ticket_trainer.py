@@ -200,6 +200,7 @@ class _TrainerRounds(Rounds):
         if trainer.args.should_save:
             begin_state(folder)
             state = {**self.state_dict(), "steps": self.steps, "model": self.plain.state_dict()}
+            state["recorded"] = trainer._recorder.history
             with replacing(folder / STATE_FILE) as file:
                 torch.save(state, file)
             end_state(folder, self._identity())
@@ -215,4 +216,5 @@ class _TrainerRounds(Rounds):
         state = torch.load(saved / STATE_FILE, map_location="cpu", weights_only=True)
         self.plain.load_state_dict(state.pop("model"))
         self.steps = state.pop("steps", 0)
+        self.trainer._recorder.history = state.pop("recorded", [])
         self.load_state_dict(state)

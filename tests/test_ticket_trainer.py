@@ -125,6 +125,7 @@ def test_a_search_goes_on_after_a_crash_and_ends_the_same(tmp_path, method, opti
     resumed.train(resume_from_checkpoint=True)
     assert watch.trainings == 2
     assert resumed.ticket == straight.ticket
+    assert resumed.approx_report == straight.approx_report
     assert_same_weights(weights(resumed.model), weights(straight.model))
 
 
