@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,6 +70,28 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         if error.errno is None or error.filename not in (None, str(partial)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def torch_writes(folder: str | Path) -> Iterator[None]:
+    """Say of what `torch.save` could not write where that was; torch says how far it came, not where and not why.
+
+    Args:
+        folder: Where files are written within the block.
+
+    Raises:
+        OSError: A file could not be written to its end.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "iostream")):
+            raise
+        there = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        raise OSError(
+            f"A file in '{folder}' could not be written to its end: {free:,} bytes are free on that disk."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput, has_length
 
-from hf_approx.files import replacing
+from hf_approx.files import replacing, torch_writes
 from hf_approx.loops import Rounds, Ticket, TicketConfig
 from hf_approx.loops.states import begin_state, end_state
 from hf_approx.optim import CompositeOptimizer
@@ -201,7 +201,7 @@ class _TrainerRounds(Rounds):
             begin_state(folder)
             state = {**self.state_dict(), "steps": self.steps, "model": self.plain.state_dict()}
             state["recorded"] = trainer._recorder.history
-            with replacing(folder / STATE_FILE) as file:
+            with torch_writes(folder), replacing(folder / STATE_FILE) as file:
                 torch.save(state, file)
             end_state(folder, self._identity())
         trainer.accelerator.wait_for_everyone()

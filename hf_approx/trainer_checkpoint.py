@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_approx.checkpoint import ApproxConfig, keep_own_names, unfinished_allowed
-from hf_approx.files import write_text
+from hf_approx.files import torch_writes, write_text
 from hf_approx.layout import CARD_FILE, is_ours
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method
@@ -193,13 +193,14 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         trainer = cast(Trainer, self)
         self.refuse_diverged()
+        folder = Path(cast(str, trainer.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
         if trainer.args.should_save:
             # The last file of a checkpoint says that the others are there, which those of an earlier run do not.
-            folder = f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
-            Path(cast(str, trainer.args.output_dir), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         self._checkpointing = True
         try:
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            with torch_writes(folder):
+                super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._checkpointing = False
 

@@ -1,6 +1,7 @@
 """Going on from a checkpoint ends exactly where the run that was never broken ends, or is refused."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -197,6 +198,33 @@ def test_a_trainer_that_was_interrupted_trains_again(tmp_path):
         trainer.train()
     trainer.train()
     assert trainer.approx_report["totals"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_named_and_the_last_one_stays(tmp_path):
+    def make(folder):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+        return make_trainer("bert", tmp_path / folder, CS, **options)
+
+    straight, full = make("straight"), make("full")
+    straight.train()
+    # torch writes it, after the weights.
+    size = (tmp_path / "straight" / "checkpoint-2" / "optimizer.pt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, before[1]))
+
+    full.add_callback(Full())
+    try:
+        with pytest.raises(OSError, match=r"A file in '.*checkpoint-2' could not be written to its end: .* are free"):
+            full.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resumed = make("full")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
 
 
 def test_a_batch_that_did_not_fit_is_tried_again_smaller(tmp_path):

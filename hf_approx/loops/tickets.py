@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from hf_approx.files import torch_writes
 from hf_approx.loops.rounds import Rounds, Ticket, TicketConfig
 from hf_approx.loops.states import begin_state, end_state
 
@@ -135,7 +136,8 @@ class TicketSearch(Rounds):
         if self.accelerator.is_main_process:
             begin_state(folder)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(folder))
+        with torch_writes(folder):
+            self.accelerator.save_state(str(folder))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             end_state(folder, self._identity())

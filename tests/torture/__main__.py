@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200, help="kills in all")
     parser.add_argument("--disks", type=int, default=200, help="full disks in all")
     parser.add_argument("--hostile", type=int, help="hostile folders, each with one command; default: all")
-    parser.add_argument("--short", action="store_true", help="of what is killed or finds a full disk, only the quickest")
+    parser.add_argument("--short", action="store_true", help="kill, and fill disks for, only what is quickest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--case", help="try only this one, with the counts and the seed it had, and keep its folder")
