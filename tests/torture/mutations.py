@@ -3,7 +3,7 @@
 import copy
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -28,9 +28,9 @@ HUGE = (10**30, 2**63, 2**63 - 1, 2**32, 2**31, 2**31 - 1, 10**9, 2**24, 10**400
 Path = tuple[Any, ...]
 
 
-def mutate(random: Random, files: Files) -> tuple[str, str]:
+def mutate(random: Random, files: Files, only: Sequence[str] = ()) -> tuple[str, str]:
     """Damage the files, in place; returns the kind of damage and what it was, empty if there was nothing to damage."""
-    kinds = list(KINDS)
+    kinds = list(only or KINDS)
     kind = random.choices(kinds, [KINDS[k][0] for k in kinds])[0]
     before = dict(files)
     for _ in range(20):
