@@ -74,8 +74,8 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 def _bad(tensor: Tensor, infinite: bool) -> Tensor:
     """Whether it holds NaN, or also infinity; one value, where the tensor is."""
-    tensor = _wide(tensor)
-    return tensor.isnan().any() if infinite else ~tensor.isfinite().all()
+    largest = torch.linalg.vector_norm(_wide(tensor), torch.inf)  # one pass, without a copy; NaN if any is
+    return largest.isnan() if infinite else ~largest.isfinite()
 
 
 def _wide(tensor: Tensor) -> Tensor:
