@@ -467,7 +467,7 @@ def test_files_of_another_kind_are_named(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(PackedFormatError, match=r"pytorch_model\.bin is no safetensors file"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"has no file 'model\.safetensors'"):
+    with pytest.raises(FileNotFoundError, match=r"weights in 'pytorch_model\.bin', not in safetensors"):
         inspect_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     refuses(tmp_path, r"model\.safetensors is damaged")
