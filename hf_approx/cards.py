@@ -1,5 +1,6 @@
 """Model cards: what a saved folder holds and what its training measured, as the README of a Hub repository."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -32,17 +33,43 @@ PLACEHOLDER = "PATH_OR_REPO"
 _UNSAFE = re.compile(r"[^\w /,;=%+().-]|(?<![^\W_])_|_(?![^\W_])|(?i:(?<=www)\.)")
 
 
-def write_card(folder: Path, repo_id: str | None = None) -> bool:
-    """Write `README.md` into a saved folder; False if there is one that was written by hand, which is left alone."""
+def check_about(about: Mapping[str, str | None]) -> None:
+    """Raise `ValueError` if a card cannot say this: `base_model`, `license`; None where there is nothing to say."""
+    base, license_ = about.get("base_model"), about.get("license")
+    if base is not None and _repo_id(base) is None:
+        raise ValueError(f"'{base}' cannot be a base model: give the name of its repository on the Hub, USER/NAME.")
+    if license_ is not None and not re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", license_):
+        raise ValueError(f"'{license_}' is no name of a license on the Hub, as apache-2.0, mit or other are.")
+
+
+def describe(folder: Path, about: Mapping[str, str | None]) -> None:
+    """Note in a saved folder what its card is to say, as of `check_about`; what is None stays as it was."""
+    given = {name: value for name, value in about.items() if value is not None}
+    if given:
+        report = read_json(folder / REPORT_FILE) if own_file(folder, REPORT_FILE) else {}
+        report["about"] = {**report.get("about", {}), **given}
+        write_text(folder / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+
+
+def write_card(folder: Path, repo_id: str | None = None, about: Mapping[str, str | None] | None = None) -> bool:
+    """Write `README.md` into a saved folder; False if there is one that was written by hand, which is left alone.
+
+    Args:
+        folder: A saved model.
+        repo_id: As of `render_card`.
+        about: To note before, see `describe`.
+    """
     path = folder / CARD_FILE
     # An empty file is what a full disk left.
     if path.is_file() and path.stat().st_size and not is_ours(path):
         return False
-    write_text(path, render_card(folder, repo_id))
+    text = render_card(folder, repo_id, about)
+    describe(folder, about or {})
+    write_text(path, text)
     return True
 
 
-def render_card(folder: Path, repo_id: str | None = None) -> str:
+def render_card(folder: Path, repo_id: str | None = None, about: Mapping[str, str | None] | None = None) -> str:
     """The model card of a saved folder, from its config, weight files, pictures and `approx_report.json`.
 
     Every value is escaped: none can add markup to the text, or fields to the metadata.
@@ -50,6 +77,7 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     Args:
         folder: A saved model.
         repo_id: Where it can be loaded from; by default what the report says, if it does.
+        about: What to say instead of what the report says; see `check_about`.
 
     Raises:
         PackedFormatError: Config or weight files are damaged.
@@ -59,11 +87,13 @@ def render_card(folder: Path, repo_id: str | None = None) -> str:
     inspection, packing = inspect_checkpoint(folder), read_packing(folder)
     config, report = _read_object(folder / "config.json"), _read_object(folder / REPORT_FILE)
     architecture = first_architecture(config) or ""
+    given = {name: value for name, value in (about or {}).items() if value is not None}
     try:
         about = {
             "task": task_of(architecture),
             "model_name": one_line(folder.resolve().name),
             **report.get("about", {}),
+            **given,
         }
         disk = sum(path.stat().st_size for path in weight_files(folder))
         metrics = report.get("evaluation", {}).get("metrics", {})

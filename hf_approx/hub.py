@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from hf_approx.cards import render_card
 from hf_approx.headers import PREFIX, Header, header_length, parse_header, weight_map
 from hf_approx.inspection import Inspection, describe_files, inspect_checkpoint, read_packing, read_quantization
 from hf_approx.json_files import read_json
-from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICKLED_ARGUMENTS_FILE, PICTURES, REPORT_FILE
+from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, PICKLED_ARGUMENTS_FILE, PICTURES, REPORT_FILE, is_ours
 from hf_approx.model_folder import (
     CONFIG,
     INDEX,
@@ -93,6 +94,7 @@ def push_folder(
     token: str | None = None,
     message: str = "Upload model",
     is_model: bool = True,
+    about: Mapping[str, str | None] | None = None,
 ) -> Pushed:
     """Push a saved model to the Hub in one commit: weights, config, tokenizer or processor, card, report, pictures.
 
@@ -113,6 +115,7 @@ def push_folder(
         revision: Branch to push to, created from `main` if it does not exist; default `main`.
         token: Default: that of `HF_TOKEN` or `hf auth login`.
         message: Title of the commit.
+        about: What its card is to say, see `hf_approx.cards.check_about`; the folder's own is left as it is.
         is_model: Whether it is a model of transformers. Something else, adapters say, is not checked and gets no card.
 
     Raises:
@@ -127,7 +130,7 @@ def push_folder(
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder.")
     folder = Path(folder)
-    files, left_out = _model(find_checkpoint(str(folder)), repo_id) if is_model else _files(folder)
+    files, left_out = _model(find_checkpoint(str(folder)), repo_id, about) if is_model else _files(folder)
     if token is None and get_token() is None:
         raise ValueError(f"Nothing was pushed to '{repo_id}': {LOGIN}.")
     api = HfApi(token=token)
@@ -215,15 +218,20 @@ def license_of(repo_id: str, token: str | None = None) -> str | None:
     return license_ if isinstance(license_, str) else None
 
 
-def _model(folder: Path, repo_id: str) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
+def _model(
+    folder: Path, repo_id: str, about: Mapping[str, str | None] | None = None
+) -> tuple[dict[str, str | bytes], tuple[str, ...]]:
     """As `_files` of a saved model, which is checked, with a card."""
     packing = read_packing(folder)
     if packing is not None and packing.training:
         raise PackedFormatError(f"'{folder}' is a checkpoint of unfinished training: nobody could load it.")
     inspect_checkpoint(folder, verify=True)
     files, left_out = _files(folder)
-    if CARD_FILE not in files:
-        files[CARD_FILE] = render_card(folder, repo_id).encode()
+    given = any(value is not None for value in (about or {}).values())
+    if given and CARD_FILE in files and not is_ours(folder / CARD_FILE):
+        raise ValueError(f"'{folder / CARD_FILE}' was written by hand: say there what its base and license are.")
+    if given or CARD_FILE not in files:
+        files[CARD_FILE] = render_card(folder, repo_id, about).encode()
     if packing is not None:
         files.update(loader_files(folder))
     return files, tuple(name for name in left_out if name not in files)

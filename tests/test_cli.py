@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,12 +11,16 @@ from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
-from helpers import python
+import hf_approx_cli
+from helpers import ROOT, python
 from hf_approx import attach_packing
 from hf_approx.cli import main
+from hf_approx.console import tell_quantized
 from hf_approx.hub import push_folder
 from hf_approx.inspection import inspect_checkpoint
-from hf_approx.packing import Grid
+from hf_approx.loops.calibration import STEPS, Calibration
+from hf_approx.loops.distillation import Fidelity
+from hf_approx.packing import MAX_BITS, Grid
 from hf_approx.plots import plot_bits
 from hf_approx.report import kind_of
 from hf_approx.targets import select_modules
@@ -170,7 +176,7 @@ def test_inspect_reads_no_weights(quantized, tmp_path, capsys):
 
 
 def test_decompress_a_quantized_checkpoint(quantized, tmp_path, refuse):
-    refuse("packed already", "compress", quantized, tmp_path / "out")
+    refuse("packed already, in float16: give --bits", "compress", quantized, tmp_path / "out")
     with pytest.raises(SystemExit) as exit_:
         main(["decompress", str(quantized), str(tmp_path / "plain")])
     assert exit_.value.code == 0
@@ -465,3 +471,130 @@ def test_a_push_without_a_token_says_how_to_log_in_before_anything_is_asked(trai
     refuse("Nothing was pushed to 'me/x': log in with `hf auth login`, or give a token", "push", trained, "me/x")
     with pytest.raises(ValueError, match="log in with `hf auth login`"):
         push_folder(trained, "me/x", is_model=False)
+
+
+def run(*args):
+    with pytest.raises(SystemExit) as exit_:
+        main([str(arg) for arg in args])
+    assert exit_.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("\n".join(["good", "good good", "bad good good", "worse"] * 4))
+    return path
+
+
+def test_compressing_what_is_packed_is_decompressing_it_before(packed, quantized, tmp_path, refuse):
+    for name, source in (("sparse", packed), ("grids", quantized)):
+        run("compress", source, tmp_path / name, "--bits", 4)
+        run("decompress", source, tmp_path / f"{name}-plain")
+        run("compress", tmp_path / f"{name}-plain", tmp_path / f"{name}-two", "--bits", 4)
+        assert load_file(tmp_path / name / "model.safetensors").keys()
+        assert (tmp_path / name / "model.safetensors").read_bytes() == (
+            tmp_path / f"{name}-two" / "model.safetensors"
+        ).read_bytes()
+        before = load_file(tmp_path / f"{name}-plain" / "model.safetensors")
+        after = AutoModelForSequenceClassification.from_pretrained(tmp_path / name).state_dict()
+        entries = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]["tensors"]
+        assert entries
+        for tensor in entries:
+            assert torch.equal(after[tensor] == 0, before[tensor] == 0)
+    run("compress", packed, tmp_path / "wide", "--store-dtype", "float32")
+    assert size(tmp_path / "wide") > size(packed)
+    unfinished = shutil.copytree(packed, tmp_path / "unfinished")
+    config = json.loads((unfinished / "config.json").read_text())
+    # As it was before there were checksums of the config.
+    entries = {name: value for name, value in config["quantization_config"].items() if name in ("quant_method",)}
+    config["quantization_config"] = {**entries, "format_version": 2, "tensors": {}, "training": True}
+    (unfinished / "config.json").write_text(json.dumps(config))
+    refuse("unfinished training", "compress", unfinished, tmp_path / "out", "--bits", 4)
+    assert not (tmp_path / "out").exists()
+
+
+def about(folder):
+    return json.loads((folder / "approx_report.json").read_text())["about"]
+
+
+def test_base_model_and_license_reach_the_card(trained, tmp_path, refuse, monkeypatch):
+    given = ("--base-model", "me/base", "--license", "mit")
+    run("compress", trained, tmp_path / "a", *given)
+    run("compress", tmp_path / "a", tmp_path / "b", "--bits", 3)
+    run("decompress", tmp_path / "b", tmp_path / "c", "--license", "apache-2.0")
+    for name, license_ in (("a", "mit"), ("b", "mit"), ("c", "apache-2.0")):
+        assert about(tmp_path / name).items() >= {"base_model": "me/base", "license": license_}.items()
+    run("card", tmp_path / "b", "--license", "cc-by-4.0")
+    run("card", tmp_path / "b")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "base_model: me/base" in card
+    assert "license: cc-by-4.0" in card
+    sent = []
+    monkeypatch.setattr("hf_approx.hub._push", lambda api, files, *args: sent.append(files))
+    push = ("push", tmp_path / "b", "me/x", "--token", "t")
+    run(*push, "--base-model", "you/base")
+    run(*push)
+    assert b"base_model: you/base" in sent[0]["README.md"]
+    assert b"license: cc-by-4.0" in sent[0]["README.md"]
+    assert (tmp_path / "b" / "README.md").read_text() == card
+    (tmp_path / "b" / "README.md").write_text("mine")
+    refuse("was written by hand: say there what its base and license are", *push, "--license", "mit")
+    before = sorted(tmp_path.iterdir())
+    for command in (
+        ["compress", trained, tmp_path / "n"],
+        ["export", tmp_path / "a", tmp_path / "n"],
+        ["card", trained],
+    ):
+        refuse("'My License' is no name of a license", *command, "--license", "My License")
+        refuse("'a/b/c' cannot be a base model", *command, "--base-model", "a/b/c")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_compress_and_export_say_what_came_out_and_what_to_try(trained, texts, tmp_path, capsys):
+    run("compress", trained, tmp_path / "q", "--bits", 4)
+    said = capsys.readouterr().out
+    assert f"{size(trained):,} bytes of the source, {size(tmp_path / 'q'):,} bytes of the result" in said
+    assert "nothing was measured" in said
+    assert "--max-bits 3" in said
+    run("export", tmp_path / "q", tmp_path / "dense")
+    said = capsys.readouterr().out
+    rate = size(tmp_path / "dense") / size(tmp_path / "q")
+    assert f"{size(tmp_path / 'q'):,} bytes of the source, {size(tmp_path / 'dense'):,} bytes of this" in said
+    assert f"{rate:.2f} times as large" in said
+    assert "--dtype float16 would halve" in said
+    run("compress", trained, tmp_path / "c", "--bits", 3, "--max-bits", 3, "--calibration", texts, "--steps", 2)
+    said = capsys.readouterr().out
+    assert "on 4 held-out examples" in said
+    assert "integers of 4 bits" in said
+    assert "Warning" not in said
+
+
+def test_a_model_that_disagrees_with_its_source_comes_with_a_warning(capsys):
+    def say(agreement, loss, bits=2.0):
+        fidelity = Fidelity(loss, agreement)
+        tell_quantized(Calibration([], {}, bits, fidelity, fidelity, "rounded"), bits, 4)
+        return capsys.readouterr().out
+
+    assert "predicts as the source in 62% of cases. Try more bits (--bits 3)" in say(0.62, 1.0)
+    assert "--scale-granularity group" in say(0.62, 1.0)
+    assert "more bits" not in say(0.62, 1.0, 8)
+    for agreement, loss in ((0.9, 1.0), (1.0, 0.0), (None, 0.05)):
+        assert "Warning" not in say(agreement, loss)
+    for agreement, loss in ((None, 0.2), (None, float("nan")), (float("nan"), 0.0)):
+        assert "Warning" in say(agreement, loss)
+
+
+def test_help_does_not_wait_for_what_the_commands_need():
+    code = """
+import sys, hf_approx_cli
+for args in ([], ["inspect"], ["compress"], ["push"]):
+    try:
+        hf_approx_cli.main([*args, "--help"])
+    except SystemExit as exit_:
+        assert exit_.code == 0
+assert not {"torch", "transformers", "huggingface_hub", "numpy", "hf_approx"} & set(sys.modules), sys.modules.keys()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Usage") == 4
+    assert (hf_approx_cli.MAX_BITS, hf_approx_cli.STEPS) == (MAX_BITS, STEPS)

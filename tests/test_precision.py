@@ -8,8 +8,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_approx.methods.precision import assign, initial_limit, precision, steer
-from hf_approx.methods.rounding import expand, fit_scale, governed, nearest, reduce
-from hf_approx.packing.grid import Grid, round_to_grid
+from hf_approx.methods.rounding import expand, fit_scale, governed, reduce
+from hf_approx.packing.grid import Grid, dequantize, quantize, round_to_grid
+
+
+def nearest(weight, bits, scale):
+    return round_to_grid(weight, Grid(bits, scale))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -25,7 +29,8 @@ def test_rounding_has_the_levels_and_errors_of_the_paper(bits):
     assert torch.equal(nearest(value, part, torch.ones(1, 1)), value)
     scale = torch.tensor([[0.0371]]).half().float()
     scaled = weight * 0.05
-    assert torch.equal(nearest(scaled, part, scale), round_to_grid(scaled, Grid(part, scale.half())))
+    grid = Grid(part, scale.half())
+    assert torch.equal(round_to_grid(scaled, grid), dequantize(quantize(scaled, grid), grid, scaled.dtype))
 
 
 def test_precision_and_initial_limit_are_inverse():

@@ -21,6 +21,7 @@ from hf_approx.packing import (
     check_grid,
     dtype_from_name,
     expand,
+    may_gain,
     pack,
     pack_quantized,
     round_to_grid,
@@ -96,36 +97,47 @@ def attach_packing(
     own_grids = {tied.get(name, name): Grid(g.bits.cpu(), g.scale.cpu()) for name, g in (grids or {}).items()}
     if len(own_grids) < len(grids or {}):
         raise ValueError("attach_packing: two names of one tied weight have a grid each; pass one of them.")
-    new = {}
-    for name, grid in own_grids.items():
-        new[id(params[name])] = (params[name], _on_grid(name, params[name].detach(), grid))
-    rest = {n: p for n, p in params.items() if id(p) not in new and is_rounded(p) and n not in computed}
+    on_grids = {id(params[name]) for name in own_grids}
+    rest = {n: p for n, p in params.items() if id(p) not in on_grids and is_rounded(p) and n not in computed}
     large = None if dtype is None else overflowing(rest, dtype)
     if large is not None:
         raise ValueError(
             f"attach_packing: '{large}' has a value that does not fit {store_dtype}; pass store_dtype='bfloat16', or "
             "None to store every weight in its own dtype."
         )
-    for param in rest.values():
-        if id(param) not in new:
-            value = param.detach() if dtype is None else param.detach().to(dtype).to(param.dtype)
-            new[id(param)] = (param, torch.where(value == 0, torch.zeros_like(value), value))
+    # All values are known before any is written, in the dtype they are stored in and only if they are others.
+    new: dict[int, tuple[Tensor, Tensor]] = {}
+    seen: set[int] = set()
     specs: dict[str, TensorSpec] = {}
-    for name in dict.fromkeys(tied.get(name, name) for name in names):
-        value = new[id(params[name])][1]
-        if name in own_grids:
-            specs[name] = pack_quantized(value, own_grids[name], dtype)[1]
+    wanted = list(dict.fromkeys(tied.get(name, name) for name in names))
+    for name in dict.fromkeys([*own_grids, *wanted, *params]):
+        param = params[name]
+        if id(param) in seen or not is_rounded(param) or name in computed:
             continue
-        spec = pack(value, dtype)[1]
-        if spec.nbytes < spec.dense_bytes:
-            specs[name] = spec
+        seen.add(id(param))
+        value: Tensor
+        if name in own_grids:
+            value = _on_grid(name, param.detach(), own_grids[name])
+            specs[name] = pack_quantized(value, own_grids[name], dtype)[1]
+        else:
+            value = param.detach() if dtype is None else param.detach().to(dtype)
+            value = value.masked_fill(value == 0, 0)
+            if name in wanted and may_gain(value, dtype):
+                spec = pack(value, dtype)[1]
+                if spec.nbytes < spec.dense_bytes:
+                    specs[name] = spec
+        if not _same_bits(value, param.detach()):
+            new[id(param)] = (param, value)
+    specs = {name: specs[name] for name in wanted if name in specs}
     specs.update((name, spec) for name, _, spec in pack_sharing(model, dtype).values())
     structure, activations = sizes_of(model), activations_of(model)
     structure = None if structure is None else current_description(model, structure)
     if not specs and structure is None and not activations:
         return {}
     config = ApproxConfig(tensors=specs, store_dtype=store_dtype, structure=structure, activations=activations)
-    moved = [name for name in kept if not torch.equal(params[name], new[id(params[name])][1])]
+    moved = [
+        name for name in kept if id(params[name]) in new and not torch.equal(params[name], new[id(params[name])][1])
+    ]
     warn_of_changes([], moved, others)
     with torch.no_grad():
         for param, value in new.values():
@@ -135,6 +147,12 @@ def attach_packing(
     ApproxQuantizer(config, own_grids, pre_quantized=True).settle(model)
     keep_zeros(model)
     return specs
+
+
+def _same_bits(value: Tensor, param: Tensor) -> bool:
+    """Whether values, maybe in a narrower dtype, are those of a parameter, to the sign of a zero."""
+    zeros = (param == 0) & param.signbit()
+    return not bool(zeros.any()) and torch.equal(value.to(param.dtype), param)
 
 
 def _on_grid(name: str, weight: Tensor, grid: Grid) -> Tensor:

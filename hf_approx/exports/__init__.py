@@ -4,11 +4,20 @@ from pathlib import Path
 
 from hf_approx.exports.compressed import GROUP_SIZES, export_compressed
 from hf_approx.exports.dense import export_dense
-from hf_approx.exports.folders import Export, check_output, load_model, write_model
+from hf_approx.exports.folders import Export, check_output, exported_report, load_model, write_model
 from hf_approx.inspection import read_packing
 from hf_approx.model_folder import find_checkpoint
 
-__all__ = ["FORMATS", "GROUP_SIZES", "Export", "check_output", "export_model", "load_model", "write_model"]
+__all__ = [
+    "FORMATS",
+    "GROUP_SIZES",
+    "Export",
+    "check_output",
+    "export_model",
+    "exported_report",
+    "load_model",
+    "write_model",
+]
 
 FORMATS = {"dense": export_dense, "compressed-tensors": export_compressed}
 

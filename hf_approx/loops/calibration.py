@@ -144,7 +144,7 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
         raise ValueError(
             "round_weights: the limits of inputs are learned from data; set activations=False, or use calibrate."
         )
-    method = config.build()
+    method = Smol(config, trains=False)
     method.attach(model)
     method.settle()
     bits = method.metrics()["bits"]
@@ -249,7 +249,7 @@ def _rounded(
     model: PreTrainedModel, config: SmolConfig, held_out: DataLoader[Any], accelerator: Accelerator
 ) -> Fidelity:
     """How well the model does if its weights are only rounded, to as many bits."""
-    method = replace(config, activations=False).build()
+    method = Smol(replace(config, activations=False), trains=False)
     method.attach(model)
     try:
         method.settle()

@@ -80,17 +80,6 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return ((scale / PARTS).to(dtype).float() * PARTS).to(SCALE_DTYPE).float()
 
 
-def nearest(weight: Tensor, bits: Tensor, scale: Tensor) -> Tensor:
-    """As `round_to_grid`, bit for bit, for a float32 scale; faster: powers are taken a part, not a weight."""
-    half = torch.exp2(bits.to(torch.float32) - 1)
-    wide = weight.shape
-    unit = weight.to(torch.float32) / expand(scale, wide)
-    unit.mul_(expand(half / 2, wide)).floor_()
-    half_wide = expand(half, wide)
-    unit.clamp_(min=-half_wide, max=half_wide - 1).add_(0.5).mul_(expand(2 / half, wide)).mul_(expand(scale, wide))
-    return unit.masked_fill_(weight == 0, 0).to(weight.dtype)
-
-
 def limit(bits: Tensor) -> Tensor:
     """The outermost value of the grid of scale 1: 2 - 2^(1 - bits)."""
     return 2 - torch.exp2(1 - bits.to(torch.float32))
@@ -169,7 +158,7 @@ class GridWeight(nn.Module):
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The nearest weight on the grid, without gradient."""
-        return nearest(weight.detach(), self.bits, self.scale)
+        return round_to_grid(weight.detach(), Grid(self.bits, self.scale))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
@@ -199,7 +188,7 @@ def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Te
 
     def keep_better(scale: Tensor) -> Tensor:
         nonlocal best, least
-        value = nearest(weight, bits, scale)
+        value = round_to_grid(weight, Grid(bits, scale))
         error = reduce((value - weight).square_(), shape)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
         return value
@@ -210,7 +199,7 @@ def fit_scale(weight: Tensor, bits: Tensor, shape: list[int] | torch.Size) -> Te
     for factor in (0.88, 0.92, 0.96, 1.04, 1.08, 1.12):
         keep_better(stored(coarse * factor, dtype))
     for _ in range(2):
-        value = nearest(weight, bits, best)
+        value = round_to_grid(weight, Grid(bits, best))
         square = reduce(value * value, shape)
         keep_better(stored(torch.where(square > 0, best * reduce(value * weight, shape) / square, best), dtype))
     return best

@@ -44,13 +44,19 @@ MEASURED = 0.25
 
 
 class Smol(GridMethod):
-    """See [`SmolConfig`]."""
+    """See [`SmolConfig`].
+
+    Args:
+        config: Says how.
+        trains: False: precisions are settled right after `attach`, so that no scales are fitted to start from.
+    """
 
     name = "smol"
 
-    def __init__(self, config: SmolConfig) -> None:
+    def __init__(self, config: SmolConfig, trains: bool = True) -> None:
         super().__init__()
         self._config = config
+        self._trains = trains
         self._until = config.noise_fraction or 0.0
         self._settled = False
         self._step = 0
@@ -120,7 +126,7 @@ class Smol(GridMethod):
         target = self._target(name)
         initial = config.initial_bits if target is None else max(config.initial_bits, target)
         bits = torch.full([1] * weight.dim(), round(target or initial), dtype=torch.uint8, device=weight.device)
-        scale = fit_scale(weight, bits, scales)
+        scale = fit_scale(weight, bits, scales) if self._trains else torch.ones(scales, device=weight.device)
         return NoisyWeight(parts, scale, config.train_scale, initial, config.noise, config.seed, weight.dtype)
 
     def _target(self, name: str) -> float | None:

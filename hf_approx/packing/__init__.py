@@ -4,7 +4,7 @@ from hf_approx.packing.grid import MAX_BITS, Grid, expand, round_to_grid
 from hf_approx.packing.kinds import spec_from_dict
 from hf_approx.packing.quantized import QuantizedSpec, check_grid, pack_quantized, unpack_quantized
 from hf_approx.packing.shared import SharedSpec, is_bank_name, pack_shared, unpack_shared
-from hf_approx.packing.sparse import SparseSpec, pack, unpack, unpack_parts
+from hf_approx.packing.sparse import SparseSpec, may_gain, pack, unpack, unpack_parts
 from hf_approx.packing.spec import (
     DTYPES,
     PackedFormatError,
@@ -34,6 +34,7 @@ __all__ = [
     "expand",
     "is_bank_name",
     "is_name",
+    "may_gain",
     "pack",
     "pack_quantized",
     "pack_shared",

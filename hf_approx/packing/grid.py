@@ -49,11 +49,11 @@ def expand(part: Tensor, shape: torch.Size) -> Tensor:
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The code of the nearest grid value for every entry: uint8 of the weight's shape, 0 to 2^bits - 1."""
-    bits = expand(grid.bits, weight.shape).to(torch.float32)
-    unit = weight.to(torch.float32) / expand(grid.scale, weight.shape).to(torch.float32)
-    half = torch.exp2(bits - 1)
-    code = torch.floor(unit * half / 2) + half
-    return code.clamp(min=0).minimum(2 * half - 1).to(torch.uint8)
+    # Powers are taken a part, not a weight, and one tensor of the weight's size is worked on in place.
+    half = torch.exp2(grid.bits.to(torch.float32) - 1)
+    code = weight.to(torch.float32) / expand(grid.scale.to(torch.float32), weight.shape)
+    code.mul_(expand(half / 2, weight.shape)).floor_().add_(expand(half, weight.shape))
+    return code.clamp_(min=0).clamp_(max=expand(2 * half - 1, weight.shape)).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -67,5 +67,12 @@ def dequantize(codes: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest weight on the grid, in the weight's dtype; entries that are exactly zero stay zero."""
-    value = dequantize(quantize(weight, grid), grid, weight.dtype)
-    return torch.where(weight == 0, torch.zeros_like(value), value)
+    wide, half = weight.shape, torch.exp2(grid.bits.to(torch.float32) - 1)
+    scale = grid.scale.to(torch.float32)
+    # As `dequantize(quantize(weight, grid), grid, weight.dtype)`, with less memory.
+    unit = weight.to(torch.float32) / expand(scale, wide)
+    unit.mul_(expand(half / 2, wide)).floor_()
+    half_wide = expand(half, wide)
+    unit.clamp_(min=-half_wide).clamp_(max=half_wide - 1).add_(0.5)
+    unit.mul_(expand(2 / half, wide)).mul_(expand(scale, wide))
+    return unit.masked_fill_(weight == 0, 0).to(weight.dtype)

@@ -39,6 +39,9 @@ from hf_approx.packing.spec import (
 
 Bytes = NDArray[np.uint8]
 
+RUN = 1 << 20
+"""Codes that are joined or split at once, each of which takes a byte for a bit meanwhile; a multiple of 8."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedSpec(TensorSpec):
@@ -180,11 +183,12 @@ def pack_quantized(weight: Tensor, grid: Grid, dtype: torch.dtype | None = None)
     check_grid(weight, grid)
     codes = quantize(weight, grid).reshape(-1).numpy()
     coded = ((weight != 0) & (expand(grid.bits, weight.shape) > 0)).reshape(-1)
-    entry = expand(torch.arange(grid.bits.numel()).reshape(grid.bits.shape), weight.shape).reshape(-1)
+    numbers = torch.arange(grid.bits.numel(), dtype=torch.int32 if grid.bits.numel() < 1 << 31 else torch.int64)
     used = torch.zeros(grid.bits.numel(), dtype=torch.bool)
-    used[entry[coded]] = True
+    used[expand(numbers.reshape(grid.bits.shape), weight.shape).reshape(-1)[coded]] = True
     bits = grid.bits.reshape(-1) * used
-    width, kept = bits[entry].numpy(), coded.numpy()
+    width = expand(bits.reshape(grid.bits.shape), weight.shape).reshape(-1).numpy()
+    kept = coded.numpy()
 
     masks = []
     left = bits.numpy()
@@ -283,10 +287,16 @@ def _counts(bits: Bytes) -> tuple[int, ...]:
 
 def _join(codes: Bytes, k: int) -> Bytes:
     """Codes of k bits, one after the other without gaps."""
-    return np.packbits(np.unpackbits(codes[:, None], axis=1, count=k, bitorder="little"), bitorder="little")
+    parts = np.split(codes, range(RUN, len(codes), RUN))
+    bits = (np.unpackbits(part[:, None], axis=1, count=k, bitorder="little") for part in parts)
+    return np.concatenate([np.packbits(part, bitorder="little") for part in bits])
 
 
 def _split(stream: Bytes, k: int, count: int) -> Bytes:
     """Undo `_join`."""
-    bits = np.unpackbits(stream, count=count * k, bitorder="little").reshape(count, k)
-    return np.packbits(bits, axis=1, bitorder="little")[:, 0]
+    codes = np.empty(count, np.uint8)
+    for start in range(0, count, RUN):
+        size = min(RUN, count - start)
+        bits = np.unpackbits(stream[start * k // 8 :], count=size * k, bitorder="little").reshape(size, k)
+        codes[start : start + size] = np.packbits(bits, axis=1, bitorder="little")[:, 0]
+    return codes

@@ -80,6 +80,12 @@ def entropy_bits(counts: list[int]) -> float:
     return sum(count * math.log2(total / count) for count in counts if count)
 
 
+def may_gain(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a weight has zeros enough to be smaller packed: each value that is kept takes a bit more at least."""
+    bits = 8 * (dtype or weight.dtype).itemsize
+    return int(weight.count_nonzero()) * (bits + 1) < weight.numel() * bits
+
+
 def pack(weight: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, SparseSpec]:
     """Pack a weight, rounding its values to `dtype` (default: its own).
 
