@@ -129,6 +129,31 @@ def test_merging_into_shared_weights_is_warned_of(compressed, tmp_path, caplog):
     torch.testing.assert_close(logits(model.merge_and_unload()), expected)
 
 
+def test_modules_to_save_are_layers_and_no_banks_that_are_named_like_them(compressed, tmp_path):
+    """Of a layer that shares its weight the coefficients are trained; the templates are those of the model."""
+    base = load(compressed["shared"])
+    names = {name for name, _ in base.named_parameters()}
+    model = with_adapters(base, ["q_proj"], modules_to_save=["down_proj"])
+    own = [name for name, param in model.named_parameters() if param.requires_grad and "lora_" not in name]
+    assert len(own) == 2
+    assert all("down_proj.modules_to_save.default.parametrizations" in name for name in own)
+    model(**batch("llama")).logits.square().mean().backward()
+    with torch.no_grad():
+        for name in own:
+            param = model.get_parameter(name)
+            assert param.grad.abs().sum() > 0
+            param.mul_(2)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "adapters")
+    again = PeftModel.from_pretrained(load(compressed["shared"]), tmp_path / "adapters")
+    assert torch.equal(logits(again), expected)
+    unloaded = model.unload()
+    assert {name for name, _ in unloaded.named_parameters()} == names
+    assert not torch.equal(logits(unloaded), logits(load(compressed["shared"])))
+    unloaded.save_pretrained(tmp_path / "unloaded")
+    assert torch.equal(logits(load(tmp_path / "unloaded")), logits(unloaded))
+
+
 def test_layers_that_stay_packed_take_no_adapters(compressed, tmp_path):
     model = load(compressed["sparse"], quantization_config=ApproxConfig(runtime="packed"))
     with pytest.raises(ValueError, match=r"SparseLinear.* is not supported"):

@@ -1,15 +1,18 @@
 """Shared weights on disk: what is written, what loads, what is refused."""
 
+import copy
 import json
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import BertForSequenceClassification, BertModel
 
 from helpers import assert_same_weights, make_trainer, python, weights
 from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.inspection import inspect_checkpoint
-from hf_approx.modules.bank import banks_of, template_names
+from hf_approx.modules.bank import banks_of, shared_layers, template_names
 from hf_approx.packing import SharedSpec, expand, pack_shared, unpack_shared
 from models import batch, build
 from sharing import attach, deep_bert, logits, parameters
@@ -96,6 +99,43 @@ def test_base_model_and_head_load_from_each_other(shared_bert, tmp_path):
         base.save_pretrained(tmp_path)
         head = BertForSequenceClassification.from_pretrained(tmp_path)
         assert torch.equal(head.bert.eval()(**batch("bert")).last_hidden_state, expected)
+
+
+def test_a_shared_model_can_be_pickled(shared_bert, tmp_path):
+    folder, model = shared_bert
+    torch.save(copy.deepcopy(model), tmp_path / "pickle")
+    again = torch.load(tmp_path / "pickle", weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+    assert [sorted(entry.layers) for entry in shared_layers(again).values()] == [
+        sorted(entry.layers) for entry in shared_layers(model).values()
+    ]
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    before = logits(model)
+    with torch.no_grad():
+        for template in next(iter(banks_of(again).values())).weights:
+            template.zero_()
+    assert not torch.equal(logits(again), before)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("to_disk", [False, True])
+def test_a_shared_model_can_be_offloaded(shared_bert, tmp_path, to_disk):
+    folder, model = shared_bert
+    loaded = BertForSequenceClassification.from_pretrained(folder)
+    if to_disk:
+        disk_offload(loaded, tmp_path / "offload", torch.device("cpu"))
+    else:
+        cpu_offload(loaded, torch.device("cpu"))
+    assert all(param.is_meta for param in loaded.parameters())
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match=r"is offloaded; .* accelerate\.hooks\.remove_hook_from_submodules"):
+        loaded.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()
+    if not to_disk:
+        remove_hook_from_submodules(loaded)
+        loaded.save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_dequantize_gives_plain_independent_weights(shared_bert, tmp_path):

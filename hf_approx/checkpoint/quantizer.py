@@ -281,6 +281,12 @@ class ApproxQuantizer(HfQuantizer):
                 f"{type(model).__name__} has PEFT adapters in it: save those with PeftModel.save_pretrained, and this "
                 "model after unload()."
             )
+        offloaded = next((name for name, param in model.named_parameters() if param.is_meta), None)
+        if offloaded is not None:
+            raise ValueError(
+                f"save_pretrained: '{offloaded}' is offloaded; bring it back before saving, with "
+                "accelerate.hooks.remove_hook_from_submodules(model)."
+            )
         refuse_not_finite("save_pretrained", model)
         config = self.quantization_config
         tensors = model.state_dict(keep_vars=True)

@@ -4,9 +4,9 @@ The bank is one module, owned by the model (or, in a model with a head, by its b
 to it without owning it, so it is once in `state_dict`, `parameters` and everything built on them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class Template(nn.Module):
     def __init__(self, weight: Tensor, requires_grad: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad)
+
+    def forward(self) -> Tensor:
+        """The weight. To be called, so that hooks run, such as those of accelerate that bring offloaded weights."""
+        return cast(Tensor, self.weight)
 
 
 class TemplateBank(nn.ModuleList):
@@ -47,6 +51,16 @@ class TemplateBank(nn.ModuleList):
         """Shape of each template and of every weight mixed from them."""
         return tuple(self.weights[0].shape)
 
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the templates, without the bank itself.
+
+        Its name ends with that of the layers it is for, which PEFT's `modules_to_save` would take for one of them.
+        """
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        return ((name, module) for name, module in found if module is not self)
+
     def mix(self, coefficients: Tensor) -> Tensor:
         """sum_k coefficients[k] * templates[k], always added in this order: the same bits everywhere.
 
@@ -54,7 +68,7 @@ class TemplateBank(nn.ModuleList):
             coefficients: Shape (templates,).
         """
         device = coefficients.device
-        factors, weights = coefficients.unbind(), self.weights
+        factors, weights = coefficients.unbind(), [template() for template in self]
         mixed = factors[0] * weights[0].to(device)
         for factor, weight in zip(factors[1:], weights[1:], strict=True):
             mixed = torch.addcmul(mixed, factor, weight.to(device))
@@ -126,6 +140,39 @@ def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_
     module.register_parameter("weight", own)
     # "unsafe" skips the test that coefficients and weight have one shape; nothing else.
     parametrize.register_parametrization(module, "weight", SharedWeight(bank), unsafe=True)
+    _allow_copies(module)
+
+
+def _allow_copies(module: nn.Module) -> None:
+    """Let a module be pickled, which torch refuses if it is parametrized, and be copied without its bank."""
+    made = cast(Any, type(module))  # torch makes a class for every module that it parametrizes
+    copied = made.__deepcopy__
+
+    def copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        sharing = sharing_of(self)
+        if not memo and sharing is not None:
+            # The layer alone is copied, as PEFT does: the copy mixes from the bank that the model has.
+            memo[id(sharing.bank)] = sharing.bank
+        return cast(nn.Module, copied(self, memo))
+
+    made.__deepcopy__ = copy
+    made.__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    names = tuple(cast(nn.ModuleDict, module.parametrizations))
+    return _parametrized, (parametrize.type_before_parametrizations(module), names), module.__dict__
+
+
+def _parametrized(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module of that class with the named tensors parametrized, for unpickling to fill."""
+    module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    for name in names:
+        module.register_parameter(name, nn.Parameter(torch.empty(0)))
+        parametrize.register_parametrization(module, name, nn.Identity(), unsafe=True)
+    _allow_copies(module)
+    return module
 
 
 def unshare(module: nn.Module, weight: Tensor | None = None) -> None:
