@@ -17,6 +17,7 @@ from helpers import assert_same_weights, make_trainer, weights
 from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.distillation import Divergence
+from hf_approx.methods import smol
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
 
@@ -295,3 +296,11 @@ def test_a_trainer_only_rounds_the_weights(tmp_path, others):
         elif "position_ids" not in name:
             assert torch.equal(tensor, before[name]) != others or not tensor.is_floating_point(), name
     assert all(param.requires_grad == others for param in model.parameters())
+
+
+def test_scales_are_fitted_once_where_nothing_is_trained(monkeypatch):
+    fits = []
+    fit = smol.fit_scale
+    monkeypatch.setattr(smol, "fit_scale", lambda *args: fits.append(1) or fit(*args))
+    result = round_weights(build("bert"), SmolConfig(target_bits=3))
+    assert len(fits) == len(result.names)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_approx.packing import DTYPES, PackedFormatError, SparseSpec, pack, rice, unpack
+from hf_approx.packing import DTYPES, PackedFormatError, SparseSpec, may_gain, pack, rice, unpack
 
 
 @st.composite
@@ -143,3 +143,15 @@ def test_overflow_is_refused():
 def test_other_dtypes_are_refused():
     with pytest.raises(ValueError, match="not 'float64'"):
         pack(torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_weight_that_would_be_smaller_is_taken_for_one_that_cannot_be(dtype):
+    found = set()
+    for zeros in range(0, 130, 3):
+        for weight in (torch.ones(1000), torch.ones(1000)[torch.randperm(1000)]):
+            weight[:zeros] = 0
+            smaller = pack(weight, dtype)[1].nbytes < weight.numel() * dtype.itemsize
+            assert may_gain(weight, dtype) or not smaller
+            found.add((may_gain(weight, dtype), smaller))
+    assert {(True, True), (False, False)} <= found

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint.activations import activations_of
@@ -106,7 +106,7 @@ def attach_packing(
             "None to store every weight in its own dtype."
         )
     # All values are known before any is written, in the dtype they are stored in and only if they are others.
-    new: dict[int, tuple[Tensor, Tensor]] = {}
+    new: dict[int, tuple[nn.Parameter, Tensor]] = {}
     seen: set[int] = set()
     specs: dict[str, TensorSpec] = {}
     wanted = list(dict.fromkeys(tied.get(name, name) for name in names))
@@ -115,7 +115,6 @@ def attach_packing(
         if id(param) in seen or not is_rounded(param) or name in computed:
             continue
         seen.add(id(param))
-        value: Tensor
         if name in own_grids:
             value = _on_grid(name, param.detach(), own_grids[name])
             specs[name] = pack_quantized(value, own_grids[name], dtype)[1]
