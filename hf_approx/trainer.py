@@ -176,6 +176,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             raise ValueError(
                 f"{name}: model_init would replace the model the methods are attached to; pass model= instead."
             )
+        self._refuse_reference(name)
         adapted = [module for key, module in self._plain_model.named_modules() if key.endswith(".base_layer")]
         if any(sharing_of(module) for module in adapted):
             logger.warning(
@@ -203,6 +204,26 @@ class ApproxTrainerMixin(CheckpointMixin):
         if self._avagrad is not None and (trainer.is_deepspeed_enabled or (trainer.is_fsdp_enabled and flat)):
             raise ValueError(
                 f"{name}: AvaGrad needs the norm over the whole model; shard with FSDP2, not ZeRO or FSDP1."
+            )
+
+    def _refuse_reference(self, name: str) -> None:
+        """TRL's `sync_ref_model` mixes two models parameter by parameter, in the order in which they have them."""
+        trainer = cast(Any, self)
+        references = [
+            callback.ref_model
+            for callback in trainer.callback_handler.callbacks
+            if hasattr(callback, "sync_target_model") and callback.ref_model is not None
+        ]
+        if references and self.methods:
+            raise ValueError(
+                f"{name}: sync_ref_model=True needs a model with the parameters of its reference, and methods change "
+                "them; leave it out, or train with it first and compress in another run."
+            )
+        shapes = [param.shape for param in self._plain_model.parameters()]
+        if not trainer.is_fsdp_enabled and any([p.shape for p in ref.parameters()] != shapes for ref in references):
+            raise ValueError(
+                f"{name}: sync_ref_model=True needs a model with the parameters of its reference, and this ref_model "
+                "has others; pass ref_model=copy.deepcopy(model)."
             )
 
     @property

@@ -1,5 +1,6 @@
 """TRL's trainers with the mixin: chats, texts and preferences, with and without PEFT."""
 
+import copy
 import json
 
 import pytest
@@ -12,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import models
 from helpers import assert_resumes_after_crash, assert_same_weights, weights
-from hf_approx import ApproxTrainerMixin, AvaGradConfig, SmolConfig, SparsificationConfig
+from hf_approx import ApproxTrainerMixin, AvaGradConfig, SharingConfig, SmolConfig, SparsificationConfig
 from language_modeling import byte_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -137,7 +138,7 @@ def test_a_crashed_run_resumes_and_only_the_finished_model_has_a_card(tmp_path):
     assert (data.datasets, data.to_dict()["tags"]) == (["me/additions"], ["hf_approx", "sparsification", "trl", "sft"])
 
 
-def test_preference_training_compresses(tmp_path):
+def dpo(folder, model, reference, approx=(), **given):
     data = Dataset.from_dict(
         {
             "prompt": [f"{i} + 1 = " for i in range(8)],
@@ -145,17 +146,51 @@ def test_preference_training_compresses(tmp_path):
             "rejected": [str(i) for i in range(8)],
         }
     )
-    trainer = ApproxDPOTrainer(
-        model=llama(),
-        ref_model=llama(),
-        args=DPOConfig(**options(tmp_path / "run")),
+    return ApproxDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(**options(folder, **given)),
         train_dataset=data,
         processing_class=tokenizer(),
-        approx=SparsificationConfig(target_sparsity=0.8),
+        approx=approx,
     )
+
+
+def test_preference_training_compresses(tmp_path):
+    trainer = dpo(tmp_path / "run", llama(), llama(), SparsificationConfig(target_sparsity=0.8))
     trainer.train()
     assert trainer.approx_report["totals"]["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert_reloads(trainer, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("approx", [SparsificationConfig(), SmolConfig(), SharingConfig()])
+def test_a_reference_that_follows_the_model_is_refused_while_it_is_compressed(tmp_path, approx):
+    model = llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match="train with it first and compress in another run"):
+        dpo(tmp_path, model, llama(), approx, sync_ref_model=True)
+    assert_same_weights(weights(model), before)
+
+
+def test_a_reference_follows_a_compressed_model(tmp_path):
+    shared = llama()
+    method = SharingConfig(templates=0.5).build()
+    method.attach(shared)
+    with pytest.raises(ValueError, match=r"pass ref_model=copy\.deepcopy\(model\)"):
+        dpo(tmp_path, shared, llama(), sync_ref_model=True)
+    before = weights(shared)
+    trainer = dpo(
+        tmp_path,
+        shared,
+        copy.deepcopy(shared),
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+        max_steps=2,
+    )
+    trainer.train()
+    assert_same_weights(weights(trainer.ref_model), weights(shared))
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(shared).items())
 
 
 def test_adapters_on_a_pruned_model(tmp_path):
