@@ -145,7 +145,8 @@ def weight_map(index: dict[str, Any], what: str) -> dict[str, str]:
         PackedFormatError: It is damaged, or names files that are elsewhere.
     """
     files = index.get("weight_map")
-    if not isinstance(files, dict) or not files:
+    # transformers puts its own into the metadata, and reads no index without.
+    if not isinstance(files, dict) or not files or not isinstance(index.get("metadata"), dict):
         raise PackedFormatError(f"{what} is damaged.")
     for name in files.values():
         if not (isinstance(name, str) and re.fullmatch(r"[^/\\]+\.safetensors", name)):

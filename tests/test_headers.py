@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from hf_approx import PackedFormatError
 from hf_approx.cli import main
-from hf_approx.headers import BITS, PREFIX, header_length, parse_header, read_header
+from hf_approx.headers import BITS, PREFIX, header_length, parse_header, read_header, weight_map
 from hf_approx.inspection import inspect_checkpoint
 from models import build
 
@@ -164,3 +164,16 @@ def test_names_of_layers_are_drawn_as_text(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Format 'xyz'"):
         plot_similarity({EVIL: [[1.0]]}, tmp_path / "similarity.xyz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["layers.svg", "similarity.png", "training.png"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": {"a": "a.safetensors"}}, {"weight_map": {"a": "a.safetensors"}, "metadata": None}],
+    ids=["empty", "no metadata", "null"],
+)
+def test_an_index_that_transformers_would_not_read_is_damaged(index):
+    with pytest.raises(PackedFormatError, match=r"^the index is damaged\.$"):
+        weight_map(index, "the index")
+    assert weight_map({**index, "metadata": {}, "weight_map": {"a": "b.safetensors"}}, "the index") == {
+        "a": "b.safetensors"
+    }

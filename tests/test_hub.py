@@ -461,7 +461,7 @@ def header(entry, size, name="a"):
 def test_a_repository_may_say_anything_of_itself(hub, cli):
     good = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
     config = json.dumps({"model_type": "bert", "quantization_config": {"quant_method": EVIL}}).encode()
-    index = json.dumps({"weight_map": {"a": "../../x.safetensors"}}).encode()
+    index = json.dumps({"metadata": {}, "weight_map": {"a": "../../x.safetensors"}}).encode()
     repos = {
         "good": {WEIGHTS: header(good, 24, EVIL)},
         "dtype": {WEIGHTS: header({**good, "dtype": EVIL}, 24)},

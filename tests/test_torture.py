@@ -57,14 +57,16 @@ for cases in (kill.cases([action], 20, 0), disk.cases([action], 4)):
 os.rmdir(root)
 """
 SHORT = """
-sys.exit(main("--short --cases 30 --kills 12 --disks 10 --hostile 120".split()))
+sys.exit(main("--short --cases 20 --kills 12 --disks 5 --hostile 100".split()))
 """
 
 
 def test_it_finds_what_is_planted_and_nothing_else():
     result = python(PLANTED + SHORT, check=False)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-3000:]}"
-    tried = {line.split()[0]: line.split()[-5:] for line in result.stdout.splitlines() if line.startswith("all ")}
-    assert tried["all"][0] == "282"
-    assert int(tried["all"][1]) > 60
-    assert int(tried["all"][2]) > 100
+    total = next(line for line in result.stdout.splitlines() if line.startswith("all "))
+    tried, fine, refused, lost, wrong = map(int, total.split()[1:])
+    assert tried == fine + refused > 200
+    assert fine > 50
+    assert refused > 100
+    assert lost == wrong == 0
