@@ -24,6 +24,7 @@ from hf_approx.loops.calibration import Calibration, calibrate, round_weights
 from hf_approx.loops.calibration_data import calibration_batches
 from hf_approx.methods import SmolConfig
 from hf_approx.model_folder import find_checkpoint, weight_files
+from hf_approx.packing import SharedSpec
 from hf_approx.plots import plot_layers
 from hf_approx.targets import never_saved
 
@@ -90,6 +91,11 @@ def compress(
         raise ValueError(f"'{source}' is a checkpoint of unfinished training.")
     if packing is not None and bits is None and packing.store_dtype == store_dtype:
         raise ValueError(f"'{source}' is packed already, in {store_dtype}: give --bits to quantize it.")
+    if packing is not None and any(isinstance(spec, SharedSpec) for spec in packing.tensors.values()):
+        raise ValueError(
+            f"'{source}' mixes weights from shared templates, which are quantized in training only (SmolConfig on the "
+            "templates): decompress it first, and each layer has a weight of its own."
+        )
     model = load_model(folder)
     before = _bytes_of(folder)
     saved = [entry for entry in model.named_parameters() if entry[0] not in never_saved(model)]

@@ -510,6 +510,8 @@ def test_compressing_what_is_packed_is_decompressing_it_before(packed, quantized
     config["quantization_config"] = {**entries, "format_version": 2, "tensors": {}, "training": True}
     (unfinished / "config.json").write_text(json.dumps(config))
     refuse("unfinished training", "compress", unfinished, tmp_path / "out", "--bits", 4)
+    shared = ROOT / "tests" / "data" / "version_2_shared"
+    refuse("mixes weights from shared templates", "compress", shared, tmp_path / "out", "--bits", 4)
     assert not (tmp_path / "out").exists()
 
 
