@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -189,6 +190,11 @@ def test_layers_that_stay_packed_are_never_left_untrained_in_silence(runtimes):
             output.square().sum().backward()
         gradients.append(each.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            packed(**batch(name)).logits.sum().backward()
+    assert sum("their weights get none" in str(warning.message) for warning in caught) == 1
 
 
 def test_packed_runtime_decodes_layers_too_dense_for_csr(tmp_path):

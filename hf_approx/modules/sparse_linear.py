@@ -13,13 +13,6 @@ MAX_DENSITY = 0.15
 """Above this density torch's dense product on a CPU is faster than its CSR product for some batch sizes."""
 
 
-def to_csr(starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], check: bool = False) -> Tensor:
-    """The matrix of that shape in sparse CSR layout: its rows start at `starts` in `columns` and `values`."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=check)
-
-
 class SparseLinear(nn.Module):
     """Inference-only `y = x W^T + b` with a sparse W.
 
@@ -63,14 +56,17 @@ class SparseLinear(nn.Module):
         starts = torch.zeros(rows + 1, dtype=index)
         starts[1:] = torch.bincount(positions // columns, minlength=rows).cumsum(0)
         parts = starts, (positions % columns).to(index), values.to(dtype)
-        to_csr(*parts, (rows, columns), check=True)
+        with warnings.catch_warnings():  # once in a process, and not in `forward`, which would bring others back
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            torch.sparse_csr_tensor(*parts, (rows, columns), check_invariants=True)
         for name, tensor in zip(("packed", "starts", "columns", "values"), (packed, *parts), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     @property
     def weight(self) -> Tensor:
         """The CSR matrix of shape (out, in), whatever layout the original layer stored."""
-        return to_csr(self.starts, self.columns, self.values, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        return torch.sparse_csr_tensor(self.starts, self.columns, self.values, shape, check_invariants=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), computed in float32 or float64, in the dtype of `x`.
