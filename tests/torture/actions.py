@@ -75,9 +75,9 @@ class Action:
         """Its first word."""
         return self.name.replace("_", " ").replace(",", " ").partition(" ")[0]
 
-    def state(self, folder: Path, hidden: bool = False) -> Files:
+    def state(self, folder: Path) -> Files:
         """What counts of what is in the folder."""
-        files = read(folder, hidden)
+        files = read(folder)
         own = {n: d for n, d in files.items() if self.atomic or n.startswith(f"{MODEL}/")}
         return {name: data for name, data in own.items() if Path(name).name not in NOT_COMPARED}
 
@@ -85,7 +85,7 @@ class Action:
         """After it was cut short: old or new, and doing it again gives the new, with nothing left behind."""
         now = self.state(folder)
         if self.atomic and now not in (self.old, self.new):
-            kind = LostError if self._is_gone(folder, now) else WrongError
+            kind = LostError if self._is_gone(now) else WrongError
             raise kind(f"neither the old nor the new state: {self.describe(now)}")
         if self.atomic and now == self.new:
             return
@@ -95,11 +95,11 @@ class Action:
         now = self.state(folder)
         if now != self.new:
             raise WrongError(f"done again it is something else: {self.describe(now)}")
-        left = sorted(set(self.state(folder, hidden=True)) - set(self.new))
+        left = [name for name in read(folder, hidden=True) if "/." in f"/{name}"]
         if left:
             raise WrongError(f"left behind: {left[0]}")
 
-    def _is_gone(self, folder: Path, now: Files) -> bool:
+    def _is_gone(self, now: Files) -> bool:
         """Whether what was there cannot be loaded any more: not all of its weights and config are there."""
         parts = [
             {n: d for n, d in s.items() if Path(n).name != CARD_FILE and not n.endswith((".png", "report.json"))}
