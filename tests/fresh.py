@@ -43,8 +43,8 @@ class Forks:
         self._modules = modules
         self._parent = None
 
-    def run(self, jobs, timeout=300):
-        """Run jobs at the same time; if one fails, or after so many seconds, the others are killed."""
+    def run(self, jobs, timeout=500, at_once=None):
+        """Run jobs, all at once or so many; if one fails, or after so many seconds, the others are killed."""
         if self._parent is None:
             command = [sys.executable, __file__, *self._modules]
             env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -53,7 +53,9 @@ class Forks:
         with tempfile.TemporaryDirectory() as folder:
             for i, each in enumerate(jobs):
                 each |= {"out": f"{folder}/{i}.out", "err": f"{folder}/{i}.err"}
-            self._parent.stdin.write(json.dumps({"jobs": jobs, "timeout": timeout}).encode() + b"\n")
+                Path(each["out"]).touch(), Path(each["err"]).touch()
+            request = {"jobs": jobs, "timeout": timeout, "at_once": at_once or len(jobs)}
+            self._parent.stdin.write(json.dumps(request).encode() + b"\n")
             self._parent.stdin.flush()
             codes = json.loads(self._parent.stdout.readline())
             return [
@@ -66,22 +68,23 @@ def serve():
     """Start what is asked for and answer how it ended; returns, in each new process, its job, and None at the end."""
     for line in sys.stdin:
         request = json.loads(line)
-        running, ended = [], {}
-        for each in request["jobs"]:
-            running.append(os.fork())
-            if not running[-1]:
-                return each
+        jobs, started, ended = request["jobs"], [], {}
         end = time.monotonic() + request["timeout"]
-        while len(ended) < len(running):
+        while len(ended) < len(jobs):
+            if len(started) < min(len(jobs), len(ended) + request["at_once"]):
+                started.append(os.fork())
+                if not started[-1]:
+                    return jobs[len(started) - 1]
+                continue
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
                 ended[pid] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > end or any(ended.values()):
-                for other in running:
+                for other in started:
                     if other not in ended:
                         os.kill(other, signal.SIGKILL)
             time.sleep(0.01)
-        print(json.dumps([ended[pid] for pid in running]), flush=True)
+        print(json.dumps([ended[pid] for pid in started]), flush=True)
     return None
 
 

@@ -115,7 +115,7 @@ def python(code, *args, check=True, cwd=None, **env):
     return checked(result) if check else result
 
 
-def launch(script, *args, processes=1, check=True, timeout=240, launcher=False):
+def launch(script, *args, processes=1, check=True, timeout=500, launcher=False):
     """Run a script on the CPU as `accelerate launch` does, in fresh processes; their output comes together.
 
     Args:
