@@ -74,7 +74,10 @@ def _of_model(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 def _bad(tensor: Tensor, infinite: bool) -> Tensor:
     """Whether it holds NaN, or also infinity; one value, where the tensor is."""
-    largest = torch.linalg.vector_norm(_wide(tensor), torch.inf)  # one pass, without a copy; NaN if any is
+    values = _wide(tensor)
+    if not values.numel():  # a small tensor that is split over several processes has parts with nothing in them
+        return torch.zeros((), dtype=torch.bool, device=values.device)
+    largest = torch.linalg.vector_norm(values, torch.inf)  # one pass, without a copy; NaN if any is
     return largest.isnan() if infinite else ~largest.isfinite()
 
 
