@@ -1,5 +1,7 @@
 """Methods on the same weights: a mask first, then a grid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -72,11 +74,15 @@ def test_stacks_that_make_no_sense_are_refused_and_leave_the_model_alone(tmp_pat
 
 
 def test_weights_that_something_else_parametrized_are_refused(tmp_path):
-    model = build("bert")
-    layer = model.bert.encoder.layer[0].output.dense
-    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    model, name = build("bert"), "bert.encoder.layer.0.output.dense"
+    parametrize.register_parametrization(model.get_submodule(name), "weight", nn.Identity())
+    with pytest.raises(ValueError, match=f"'{name}' computes its weight from other parameters"):
+        make_trainer("bert", tmp_path, approx=[replace(SMOL, target_modules=[name])], model=model)
+    method = make_trainer("bert", tmp_path, approx=[SMOL], model=model).methods[0]
+    assert name not in method.modules
+    assert name.replace(".0.", ".1.") in method.modules
     with pytest.raises(ValueError, match="already parametrized by another method"):
-        make_trainer("bert", tmp_path, approx=[SMOL], model=model)
+        SMOL.build().attach(model)
 
 
 def test_taking_the_second_method_off_leaves_the_first():
