@@ -2,17 +2,20 @@
 
 import codecs
 import csv
+import json
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, features
 from PIL import Image as Picture
 
 from config_files import ConfigError
+from hf_approx.loops.calibration_data import READERS
 
 CHUNK = 1 << 20
 """Bytes of a file, and at most so many rows, that are checked at a time."""
@@ -22,6 +25,9 @@ IMAGES = 10_000
 
 SEPARATORS = {";": '";"', "\t": r'"\t"', "|": '"|"'}
 """Of columns, beside the comma, as YAML writes them."""
+
+JSON = getattr(features, "Json", ())
+"""What `datasets` has from version 5 on for a column of a JSON file whose values are of several kinds."""
 
 MANY = 20
 """Classes that a data set may have however few its rows are."""
@@ -45,17 +51,65 @@ def check_files(options: dict[str, Any]) -> None:
     folder = Path(options.get("data_dir") or ".")
     for name in (name for names in files_of(options).values() for name in names):
         path = folder / name
-        if "://" in name or any(sign in name for sign in "*?["):
+        if _is_elsewhere(name):
             continue
         if not path.is_file():
             where = "" if path.is_absolute() else f" in {folder.resolve()}"
             raise ConfigError(f"dataset: there is no file {name!r}{where}.")
         if path.stat().st_size == 0:
             raise ConfigError(f"dataset: {name} is empty.")
+        loader = READERS.get(path.suffix)
+        if options["path"] in ("csv", "json", "parquet") and loader not in (None, "text", options["path"]):
+            raise ConfigError(f"dataset: {name} is not for path: {options['path']}; write path: {loader}.")
         if options["path"] in ("csv", "json", "text") and path.suffix in (".csv", ".tsv", ".json", ".jsonl", ".txt"):
             _check_encoding(path, name, options.get("encoding") or "utf-8")
         if options["path"] == "csv":
             _check_header(path, name, options)
+
+
+def _is_elsewhere(name: str) -> bool:
+    """Whether a name stands for a file on another machine, or for several files."""
+    return "://" in name or any(sign in name for sign in "*?[")
+
+
+def fault(options: dict[str, Any], split: str) -> str | None:
+    """The first place in a split's files where they are no JSON, if that is what is wrong with them."""
+    if options["path"] != "json":
+        return None
+    for name in files_of(options)[split]:
+        path = Path(options.get("data_dir") or ".") / name
+        if _is_elsewhere(name) or not path.is_file():
+            continue
+        with open(path, encoding=options.get("encoding") or "utf-8-sig") as file:
+            found = _json_fault(file)
+        if found is not None:
+            return found
+    return None
+
+
+def _json_fault(file: TextIO) -> str | None:
+    """Of lines that each hold a row, if the first one does; of one list of rows otherwise."""
+    whole = True
+    for number, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                json.loads(line.strip())
+                whole = False
+        except json.JSONDecodeError as error:
+            if not whole:
+                return _no_json(number, error)
+            break
+    file.seek(0)
+    try:
+        if whole:
+            json.load(file)
+    except json.JSONDecodeError as error:
+        return _no_json(error.lineno, error)
+    return None
+
+
+def _no_json(line: int, error: json.JSONDecodeError) -> str:
+    return f"line {line}, column {error.colno} is no JSON: {error.msg.removesuffix(' starting at')}"
 
 
 def _check_encoding(path: Path, name: str, encoding: str) -> None:
@@ -108,7 +162,11 @@ def _check_header(path: Path, name: str, options: dict[str, Any]) -> None:
 def reason(error: Exception) -> str:
     """Why `load_dataset` failed, in one sentence: what it says itself is that it did."""
     cause = error.__cause__ if "while generating the dataset" in str(error) and error.__cause__ else error
-    return " ".join(str(cause).split()).rstrip(".")
+    text = " ".join(str(cause).split()).rstrip(".").removeprefix("Error tokenizing data. C error: ")
+    if text.startswith("Expected ") and " fields in line " in text:
+        text += "; a text with commas needs quotation marks around it"
+    opened = re.fullmatch(r"EOF inside string starting at row (\d+)", text)
+    return text if opened is None else f"the quotation mark that row {opened[1]} opens is never closed"
 
 
 def check_columns(options: dict[str, Any], split: str, there: list[str], columns: tuple[str, ...]) -> None:
@@ -118,9 +176,18 @@ def check_columns(options: dict[str, Any], split: str, there: list[str], columns
             hint = ""
             if options.get("path") == "csv" and "column_names" not in options:
                 hint = "; if the first line of the file is no header, name them: dataset.column_names=[...]"
+            if options.get("path") == "json" and "field" not in options and len(there) == 1:
+                hint = f"; if the rows are in a list under {there[0]!r}, say so: dataset.field={there[0]}"
             if options.get("path") == "imagefolder" and column == "label":
                 hint = "; put the images of each class into a folder of its name"
             raise ConfigError(f"{source(options, split)}: no column {column!r}; it has {', '.join(there)}{hint}.")
+
+
+def _kind(feature: Any) -> str:
+    """What a column holds, in words where there are any."""
+    if isinstance(feature, JSON):
+        return "values of several kinds"
+    return feature.dtype if isinstance(feature, Value) else str(feature)
 
 
 def _batches(data: Dataset, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
@@ -178,8 +245,7 @@ def check_texts(
         if not len(rows):
             raise ConfigError(f"{where} has no rows.")
         for column in columns:
-            feature = rows.features[column]
-            kind = getattr(feature, "dtype", "") if isinstance(feature, Value) else str(feature)
+            kind = _kind(rows.features[column])
             if kind not in ("string", "large_string", "null"):
                 raise ConfigError(f"{where}: the column {column!r} holds {kind}, no texts.")
             bad = _count(rows, column, pc.is_null if empty else _blank)
@@ -233,7 +299,7 @@ def number_labels(options: dict[str, Any], data: DatasetDict, splits: dict[str, 
         feature = rows.features[column]
         if not isinstance(feature, Value | ClassLabel):
             raise ConfigError(
-                f"{where}: the column {column!r} holds {feature}; a row has one class, a name or a number."
+                f"{where}: the column {column!r} holds {_kind(feature)}; a row has one class, a name or a number."
             )
         classes = isinstance(feature, ClassLabel)
         bad = _count(rows, column, (lambda found: pc.less(found, 0)) if classes else _blank)

@@ -21,6 +21,7 @@ from hf_approx import AvaGradConfig, SharingConfig
 from hf_approx.files import write_text
 from hf_approx.methods import METHODS, MethodConfig
 from hf_approx.packing import PackedFormatError
+from hf_approx.text import one_line
 from loading import check_loaded, without_reports
 from sources import resolve_model
 
@@ -291,12 +292,17 @@ def load_metric(name: str, example: list[Any]) -> tuple[Any, list[str]]:
     """A metric, and the names of the numbers it computes, from an example of predictions.
 
     Raises:
-        ConfigError: What it needs is not installed.
+        ConfigError: There is none, or what it needs is not installed.
     """
     try:
         metric = evaluate.load(metric_path(name))
     except ImportError as error:
         raise ConfigError(f"metric: {error}") from None
+    except (OSError, ValueError) as error:
+        own = ", ".join(sorted(f"metrics/{path.name}" for path in (RECIPES / "metrics").glob("*.py")))
+        raise ConfigError(
+            f"metric: cannot load {name!r}: {one_line(str(error))} Those of the recipes are {own}."
+        ) from None
     return metric, list(metric.compute(predictions=example, references=example))
 
 

@@ -1,10 +1,12 @@
 """Dense and compressed in one run: train both, save both, load both back, and print one table."""
 
+import importlib
 import inspect
 import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +35,9 @@ from config_files import ConfigError, read_yaml
 from hf_approx import ApproxTrainer, fold
 from hf_approx.inspection import inspect_checkpoint
 from loading import quiet
+
+COMPARISONS = ("text_classification", "language_modeling", "image_classification", "translation")
+"""The recipes that are made of this."""
 
 
 class Comparison(ABC):
@@ -91,14 +96,20 @@ class Comparison(ABC):
         model = self.model() if model is None else model
         if args.mixed_precision == "fp16" and any(param.dtype == torch.float16 for param in model.parameters()):
             raise ConfigError("dtype: fp16 scales the gradients of float32 weights; set dtype: float32.")
-        trainer = self.trainer_class(
-            model=model,
-            args=args,
-            approx=config.methods() if compressed else [],
-            optimizer=config.avagrad(),
-            store_dtype=config.store_dtype,
-            **self.parts(),
-        )
+        try:
+            trainer = self.trainer_class(
+                model=model,
+                args=args,
+                approx=config.methods() if compressed else [],
+                optimizer=config.avagrad(),
+                store_dtype=config.store_dtype,
+                **self.parts(),
+            )
+        except RuntimeError as error:
+            # So say the trackers that `report_to` names.
+            if "to be installed" not in str(error):
+                raise
+            raise ConfigError(f"training: {error}") from None
         trainer.about.update({"dataset_split": config.eval_split, **config.card})
         return trainer
 
@@ -201,6 +212,18 @@ def show(rows: dict[str, dict[str, Any]], scores: Sequence[str]) -> None:
     console().print(table)
 
 
+def _fitting(path: str, but: str) -> str:
+    """Which other recipes a config would be right for, as the end of a message."""
+    found = []
+    for name in COMPARISONS:
+        for cls in vars(importlib.import_module(name)).values():
+            if inspect.isclass(cls) and issubclass(cls, Comparison) and cls.__module__ == name != but:
+                with suppress(ConfigError):
+                    read_yaml(cls.config_class, path)
+                    found.append(name)
+    return f" It would be right for another recipe: --recipe {' or '.join(found)}." if found else ""
+
+
 def run(recipe_class: type[Comparison], argv: list[str] | None) -> int:
     """Run a recipe from the command line; its outputs go to a folder named as its file.
 
@@ -215,7 +238,10 @@ def run(recipe_class: type[Comparison], argv: list[str] | None) -> int:
     options = command_line(doc, f"outputs/{name}", recipe_class.smoke, resume=True).parse_args(argv)
     quiet()
     try:
-        config = read_yaml(recipe_class.config_class, options.config, overrides(options))
+        try:
+            config = read_yaml(recipe_class.config_class, options.config, overrides(options))
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_fitting(options.config, name)}") from None
         recipe = recipe_class(config, options.output_dir)
         names = [name for name, wanted in (("dense", config.baseline), ("compressed", config.approx)) if wanted]
         # Made before the first training starts, so that a mistake in the second is reported at once.

@@ -127,8 +127,12 @@ def read_yaml(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> 
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ConfigError(f"Cannot read {path}: {where}{error.problem or error.context}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"Cannot read {path}: {error}") from None
+        raise ConfigError(f"Cannot read {path}: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of options.")
     # Before the overrides, which have no place in a section that is not one.

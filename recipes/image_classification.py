@@ -27,7 +27,7 @@ from common import RunConfig, check_scratch, fresh_model
 from comparison import Classifier, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
-from sources import resolve_model
+from sources import load_part
 from splits import load_labelled
 
 
@@ -118,7 +118,7 @@ class ImageClassifier(Classifier):
             options = dict(config.model)
             self.model_config = AutoConfig.for_model(options.pop("type"), **self.names, **options)
         else:
-            self.model_config = AutoConfig.from_pretrained(resolve_model(config.model), **self.names)
+            self.model_config = load_part(AutoConfig, config.model, **self.names)
         self.processor = self._processor()
         # Decoded and processed when they are read: a large set of images fits no memory.
         mode = "L" if self._channels() == 1 else "RGB"
@@ -135,7 +135,7 @@ class ImageClassifier(Classifier):
         """The pretrained model's, or one that resizes and scales to [-1, 1]."""
         config = self.config
         if not isinstance(config.model, dict):
-            return AutoImageProcessor.from_pretrained(resolve_model(config.model))
+            return load_part(AutoImageProcessor, config.model)
         own = getattr(self.model_config, "image_size", None)
         sides = config.image_size or own
         if sides is None:

@@ -29,7 +29,8 @@ from common import RunConfig, check_scratch, fresh_model
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxTrainer
-from sources import resolve_model
+from loading import bars
+from sources import load_part
 from splits import load_splits, own_names
 
 SHUFFLED_TEXTS = 1000
@@ -115,11 +116,13 @@ class LanguageModel(Comparison):
 
     def __init__(self, config: LanguageModelConfig, output_dir: str) -> None:
         super().__init__(config, output_dir)
-        pretrained = None if isinstance(config.model, dict) else resolve_model(config.model)
+        pretrained = None if isinstance(config.model, dict) else config.model
         if config.tokenizer == "bytes":
             self.tokenizer = byte_tokenizer()
         else:
-            self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or pretrained)
+            self.tokenizer = load_part(
+                AutoTokenizer, config.tokenizer or pretrained, "tokenizer" if config.tokenizer else "model"
+            )
         # Texts are cut into blocks below; their whole length is no mistake to warn of.
         self.tokenizer.model_max_length = sys.maxsize
         self.model_config = self._model_config(pretrained)
@@ -128,7 +131,7 @@ class LanguageModel(Comparison):
     def _model_config(self, pretrained: str | None) -> Any:
         size = self.config.block_size
         if pretrained is not None:
-            config = AutoConfig.from_pretrained(pretrained)
+            config = load_part(AutoConfig, pretrained)
             vocabulary = config.get_text_config().vocab_size
             if len(self.tokenizer) > vocabulary:
                 raise ConfigError(f"tokenizer: {len(self.tokenizer)} tokens, but the model knows {vocabulary}.")
@@ -157,7 +160,8 @@ class LanguageModel(Comparison):
         limits = {"train": config.max_train_samples, "validation": config.max_eval_samples}
         for split, limit in limits.items():
             columns = texts[split].column_names or list(next(iter(texts[split])))
-            data = texts[split].map(cut, batched=True, remove_columns=columns)
+            with bars(0 if streaming else len(texts[split])):
+                data = texts[split].map(cut, batched=True, remove_columns=columns)
             if streaming:
                 blocks[split] = data if limit is None else data.take(limit)
                 continue

@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import datasets
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from config_files import ConfigError
+
+LONG = 100_000
+"""Of so many rows one waits for what is made."""
 
 
 @contextmanager
@@ -29,8 +33,33 @@ def without_reports() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """No bars of loading and saving weights: there are a dozen in a run, of models that load in a blink."""
+    """No bars of what takes a blink: loading and saving weights, a dozen times a run, and reading files of data."""
     disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+@contextmanager
+def bars(rows: int) -> Iterator[None]:
+    """With a bar of `datasets` for what is made of many rows."""
+    if rows < LONG:
+        yield
+        return
+    datasets.enable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.disable_progress_bars()
+
+
+@contextmanager
+def without_traces() -> Iterator[None]:
+    """Without what `datasets` logs of an error that it raises too."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
 
 
 def check_loaded(place: str, model: PreTrainedModel, info: dict[str, Any], new_head: bool) -> None:

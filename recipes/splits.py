@@ -1,15 +1,31 @@
 """Loading the two splits that a recipe trains and measures on, checked before any model is loaded."""
 
 import importlib
+import inspect
+import re
 from typing import Any
 
 from datasets import DatasetDict, IterableDatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from checks import check_columns, check_files, check_images, check_texts, number_labels, reason, source
+from checks import (
+    check_columns,
+    check_files,
+    check_images,
+    check_texts,
+    fault,
+    files_of,
+    number_labels,
+    reason,
+    source,
+)
 from common import RecipeConfig, RunConfig
-from config_files import ConfigError
+from config_files import ConfigError, did_you_mean
+from loading import without_traces
 from sources import check_data_path
+
+LOADERS = ("csv", "json", "text", "parquet", "imagefolder")
+"""What `path` is most often for one's own files."""
 
 
 def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatasetDict:
@@ -32,11 +48,12 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
         check_data_path(str(options["path"]), config.train_split, config.eval_split)
         check_files(options)
         try:
-            data = _load(options)
+            with without_traces():
+                data = _load(options)
         except ConfigError:
             raise
         except (TypeError, ValueError, OSError, DatasetsError) as error:
-            raise ConfigError(f"dataset: cannot load {options['path']!r}: {reason(error)}.") from None
+            raise ConfigError(_sentence(options, error)) from None
     if not isinstance(data, DatasetDict | IterableDatasetDict):
         raise ConfigError(
             "dataset: it must have several splits; leave out 'split' and set train_split and eval_split."
@@ -55,11 +72,11 @@ def load_splits(config: RunConfig, *columns: str) -> DatasetDict | IterableDatas
 
 
 def _load(options: dict[str, Any]) -> Any:
-    files = options.get("data_files")
+    files = files_of(options)
     try:
         return load_dataset(**options)
-    except DatasetGenerationError:
-        if not isinstance(files, dict) or len(files) < 2:
+    except (DatasetGenerationError, ValueError):
+        if not files or options.get("split") is not None or options.get("streaming"):
             raise
     # Files that are loaded together must have the same columns, with the same kinds of values. What differs may be of
     # no use here; if it is, a check names it.
@@ -67,9 +84,21 @@ def _load(options: dict[str, Any]) -> Any:
     for split in files:
         try:
             data[split] = load_dataset(**{**options, "data_files": {split: files[split]}})[split]
-        except DatasetGenerationError as error:
-            raise ConfigError(f"{source(options, split)} cannot be read: {reason(error)}.") from None
+        except (DatasetGenerationError, ValueError) as error:
+            why = fault(options, split) or reason(error)
+            raise ConfigError(f"{source(options, split)} cannot be read: {why}.") from None
     return DatasetDict(data)
+
+
+def _sentence(options: dict[str, Any], error: Exception) -> str:
+    """What is wrong with a data set that cannot be loaded, as far as its options can tell."""
+    path = str(options["path"])
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unknown is not None:
+        close = did_you_mean(unknown[1], inspect.signature(load_dataset).parameters)
+        return f"dataset: {path!r} has no option {unknown[1]!r}{close}."
+    close = "" if path in LOADERS else did_you_mean(path, LOADERS)
+    return f"dataset: cannot load {path!r}{close}: {reason(error)}."
 
 
 def own_names(config: RunConfig) -> dict[str, str]:

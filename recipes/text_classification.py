@@ -19,7 +19,8 @@ from transformers import (
 from common import RecipeConfig, fresh_model
 from comparison import Classifier, run
 from config_files import ConfigError
-from sources import resolve_model
+from loading import bars
+from sources import load_part
 from splits import load_data
 
 
@@ -55,14 +56,14 @@ class Recipe(Classifier):
     def __init__(self, config: RecipeConfig, output_dir: str) -> None:
         data = load_data(config)
         super().__init__(config, output_dir, data["train"].features[config.label_column].names)
-        place = resolve_model(config.model)
-        self.model_config = AutoConfig.from_pretrained(place, **self.names)
-        self.tokenizer = AutoTokenizer.from_pretrained(place)
+        self.model_config = load_part(AutoConfig, config.model, **self.names)
+        self.tokenizer = load_part(AutoTokenizer, config.model)
         self._choose_padding()
         positions = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
         longest = min(config.max_length, self.tokenizer.model_max_length, positions or config.max_length)
         tokenize = Tokenize(self.tokenizer, config.text_columns, config.label_column, longest)
-        self.data = data.map(tokenize, batched=True, remove_columns=data["train"].column_names)
+        with bars(len(data["train"])):
+            self.data = data.map(tokenize, batched=True, remove_columns=data["train"].column_names)
 
     def _choose_padding(self) -> None:
         """Language models often have no token to pad with; any does, as padding is masked."""

@@ -30,7 +30,7 @@ from common import RunConfig, check_scratch, fresh_model, load_metric
 from comparison import Comparison, run
 from config_files import ConfigError
 from hf_approx import ApproxSeq2SeqTrainer, ApproxTrainer
-from sources import resolve_model
+from sources import load_part
 from splits import first_samples, load_splits, own_names
 
 
@@ -105,9 +105,11 @@ class Translation(Comparison):
             split: (self._texts(split, part, config.source_column), self._texts(split, part, config.target_column))
             for split, part in data.items()
         }
-        pretrained = None if isinstance(config.model, dict) else resolve_model(config.model)
+        pretrained = None if isinstance(config.model, dict) else config.model
         if config.tokenizer or pretrained:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(config.tokenizer or pretrained)
+            self.tokenizer: Any = load_part(
+                AutoTokenizer, config.tokenizer or pretrained, "tokenizer" if config.tokenizer else "model"
+            )
         else:
             self.tokenizer = learn_tokenizer((text for side in texts["train"] for text in side), config.vocabulary)
         if self.tokenizer.pad_token is None:
@@ -135,7 +137,7 @@ class Translation(Comparison):
 
     def _model_config(self, pretrained: str | None) -> Any:
         if pretrained is not None:
-            return AutoConfig.from_pretrained(pretrained)
+            return load_part(AutoConfig, pretrained)
         assert isinstance(self.config.model, dict)
         options = dict(self.config.model)
         kind = options.pop("type")

@@ -1,7 +1,9 @@
 """Data as people have them: what is wrong is one sentence before a model is loaded, what is only odd is taken."""
 
 import csv
+import dataclasses
 import json
+import logging
 
 import evaluate
 import numpy as np
@@ -15,6 +17,7 @@ from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 import image_classification
 import language_modeling
+import loading
 import text_classification
 import translation
 from common import RecipeConfig, metric_path
@@ -68,6 +71,17 @@ def folder(tmp_path_factory):
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
+
+
+@pytest.fixture
+def others():
+    """What `datasets` says beside the errors it raises."""
+    records, logger = [], logging.getLogger("datasets")
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = records.append
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
 
 
 def main(module, config, capsys, output, *sets):
@@ -146,7 +160,11 @@ CSV_FAULTS = {
     "no file": (lambda p: None, "there is no file '{file}'."),
     "ragged": (
         lambda p: p.write_text("text,label\na,up\nb,down\nc,d,e,f\n"),
-        "{file} cannot be read: Error tokenizing data. C error: Expected 2 fields in line 4, saw 4.",
+        "{file} cannot be read: Expected 2 fields in line 4, saw 4; a text with commas needs quotation marks around",
+    ),
+    "open quotation": (
+        lambda p: p.write_text('text,label\na,up\n"b,down\nc,up\n'),
+        "{file} cannot be read: the quotation mark that row 2 opens is never closed.",
     ),
 }
 JSON_FAULTS = {
@@ -160,13 +178,31 @@ JSON_FAULTS = {
     ),
     "broken": (
         lambda p: p.write_text('{"text": "a", "label": "up"}\n{"text": "b", "la'),
-        "{file} cannot be read: JSON parse error",
+        "{file} cannot be read: line 2, column 15 is no JSON: Unterminated string.",
+    ),
+    "broken in the middle": (
+        lambda p: p.write_text('{"text": "a", "label": "up"}\n{"text": "b", "label":\n{"text": "c", "label": "up"}\n'),
+        "{file} cannot be read: line 2, column 23 is no JSON: Expecting value.",
+    ),
+    "a list of rows, broken": (
+        lambda p: p.write_text('[\n {"text": "a", "label": "up"},\n {"text": "b" "label": "down"}\n]\n'),
+        "{file} cannot be read: line 3, column 15 is no JSON: Expecting ',' delimiter.",
+    ),
+    "rows under a name": (
+        lambda p: p.write_text(json.dumps({"rows": [{"text": "a", "label": "up"}, {"text": "b", "label": "down"}]})),
+        "no column 'label'; it has rows; if the rows are in a list under 'rows', say so: dataset.field=rows.",
+    ),
+    "labels of two kinds": (
+        lambda p: write_json(p, [(text, i if i % 2 else label) for i, (text, label) in enumerate(ROWS)]),
+        "{file}: the column 'label' holds values of several kinds; a row has one class",
     ),
 }
 
 
 @pytest.mark.parametrize("name", [*CSV_FAULTS, *JSON_FAULTS])
-def test_bad_files_and_rows_are_one_line_before_anything_is_loaded(name, folder, tmp_path, capsys, monkeypatch):
+def test_bad_files_and_rows_are_one_line_before_anything_is_loaded(
+    name, folder, tmp_path, capsys, monkeypatch, others
+):
     monkeypatch.setattr(text_classification.AutoTokenizer, "from_pretrained", None)
     kind, write, message = ("csv", *CSV_FAULTS[name]) if name in CSV_FAULTS else ("json", *JSON_FAULTS[name])
     file = tmp_path / ("bad.csv" if kind == "csv" else "bad.jsonl")
@@ -178,7 +214,20 @@ def test_bad_files_and_rows_are_one_line_before_anything_is_loaded(name, folder,
     assert len(errors) == 1
     assert message.format(file=file) in errors[0]
     assert errors[0].count("dataset: ") == 1
+    assert others == []
     assert not (tmp_path / "out").exists()
+
+
+def test_bars_are_for_what_takes_long(folder, tmp_path, capsys, monkeypatch):
+    read = read_yaml(RecipeConfig, folder / "config.yaml")
+    loading.quiet()
+    # With another length each, since what was made before is only read.
+    for length, rows, expected in ((5, len(ROWS) + 1, False), (6, len(ROWS), True)):
+        monkeypatch.setattr("loading.LONG", rows)
+        text_classification.Recipe(dataclasses.replace(read, max_length=length), str(tmp_path))
+        shown = capsys.readouterr().err
+        assert ("Map" in shown) == expected
+        assert "Generating" not in shown
 
 
 @pytest.mark.parametrize(
@@ -190,6 +239,9 @@ def test_bad_files_and_rows_are_one_line_before_anything_is_loaded(name, folder,
         (["text_columns=[label]"], "text_columns: 'label' is the label_column"),
         (["dataset.encoding=klingon"], "encoding 'klingon' is none that Python knows"),
         (["dataset.data_files={train: nowhere.csv}"], "there is no file 'nowhere.csv' in /"),
+        (["dataset.path=json"], "train.csv is not for path: json; write path: csv."),
+        (["dataset.path=cvs"], "cannot load 'cvs' (did you mean 'csv'?): "),
+        (["dataset.data_file=a.csv"], "dataset: 'csv' has no option 'data_file' (did you mean 'data_files'?)."),
     ],
 )
 def test_columns_and_options_that_cannot_be(folder, tmp_path, capsys, sets, message):

@@ -167,6 +167,11 @@ def test_train_command_passes_smoke_and_resume_on(config, tmp_path):
         ("fold={epochs: 1}", "fold: unknown option 'epochs'"),
         ("fold={layers: 1}", "fold: nothing to fold without the method 'sharing'"),
         ("model=package:no_such_package/x", "'no_such_package' is not installed"),
+        ("model=package:hf_approx/nowhere", "model: the package 'hf_approx' has no folder 'nowhere'."),
+        ("model=package:hf_approx/loops", "model: 'package:hf_approx/loops' has no config.json, so it is no saved"),
+        ("model=no-such-model", "model: 'no-such-model' is no folder in /"),
+        ("metric=acuracy", "metric: cannot load 'acuracy': "),
+        ("training.report_to=[wandb]", "training: WandbCallback requires wandb to be installed."),
         ("approx.7.method=x", "no place 'approx.7.method': approx is a list of length 1"),
         ("approx.1.method=smol", "which --set cannot make longer; set the whole list, approx=[...]"),
         ("approx.1={method: smol}", "no place 'approx.1': approx is a list of length 1"),
@@ -185,6 +190,21 @@ def test_a_wrong_config_is_one_line(config, tmp_path, capsys, override, message)
     assert code == 2
     assert message in capsys.readouterr().err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_the_config_of_another_recipe_is_told_which(config, tmp_path, capsys):
+    options = {"dataset": {"path": "text", "data_files": {"train": "a.txt", "validation": "b.txt"}}, "approx": []}
+    for name, more in {
+        "language_modeling": {"model": {"type": "llama"}, "tokenizer": "bytes"},
+        "image_classification": {"model": {"type": "vit"}, "flip": True},
+    }.items():
+        other = tmp_path / f"{name}.yaml"
+        other.write_text(yaml.safe_dump({**options, **more}))
+        assert text_classification.main(["--config", str(other)]) == 2
+        assert f"It would be right for another recipe: --recipe {name}.\n" in capsys.readouterr().err
+    assert text_classification.main(["--config", str(config), "--set", "txt=1"]) == 2
+    assert "unknown option 'txt'" in (told := capsys.readouterr().err)
+    assert "right for another" not in told
 
 
 @pytest.mark.parametrize(("name", "loader"), [("rows.csv", "csv"), ("rows.jsonl", "json"), ("rows.txt", "text")])
