@@ -112,6 +112,8 @@ def compress(
     ):
         if given and bits is None:
             raise ValueError(f"{option} says how to quantize: give --bits too.")
+    if bits is not None and bits > max_bits:
+        raise ValueError(f"--bits {bits:g} is an average, and no weight may have more than --max-bits {max_bits}.")
     _commands().compress(
         source,
         output,

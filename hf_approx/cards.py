@@ -129,6 +129,7 @@ def render_card(folder: Path, repo_id: str | None = None, about: Mapping[str, st
             "optimizer": _settings(report["optimizer"]) if report.get("optimizer") else None,
             "pictures": {Markup(name): text for name, text in PICTURES.items() if (folder / name).is_file()},
             "auto_class": auto_class(architecture),
+            "own_class": own_class(config) is not None,
             "repo_id": Markup(_repo_id(repo_id) or _repo_id(about.get("repo_id")) or PLACEHOLDER),
             "citations": Markup("\n".join(CITATIONS[name] for name in _used(report) if name in CITATIONS)),
         }
@@ -175,6 +176,13 @@ def first_architecture(config: Mapping[str, Any]) -> str | None:
     """The class of transformers that a `config.json` names first, if it names one."""
     names = config.get("architectures")
     return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def own_class(config: Mapping[str, Any]) -> str | None:
+    """The class that a `config.json` names first, if transformers has it: that is whose code loads a packed model."""
+    name = first_architecture(config)
+    cls = None if name is None else getattr(transformers, name, None)
+    return name if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
 
 
 def _escaped(value: object) -> object:

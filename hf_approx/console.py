@@ -40,6 +40,9 @@ def show(result: Inspection, brief: bool = False) -> None:
     if result.format:
         console.print(f"{result.bytes:,} bytes, quantized in the format {one_line(result.format)}.", markup=False)
         return
+    if not any(row.packed for row in result.rows):
+        console.print(f"{result.bytes:,} bytes, nothing of it packed.")
+        return
     console.print(
         f"{result.bytes:,} bytes, {result.dense_bytes / max(result.bytes, 1):.2f} times smaller than dense "
         f"({result.dense_bytes:,} bytes in the same dtypes)."

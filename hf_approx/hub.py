@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # of the HTTP library that this version of the client is built on
 )
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 
 from hf_approx.cards import render_card
 from hf_approx.headers import PREFIX, Header, header_length, parse_header, weight_map
@@ -131,6 +131,12 @@ def push_folder(
         raise FileNotFoundError(f"'{folder}' is no folder.")
     folder = Path(folder)
     files, left_out = _model(find_checkpoint(str(folder)), repo_id, about) if is_model else _files(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise ValueError(
+            f"Nothing was pushed to '{repo_id}': that is no name of a repository, as USER/NAME is."
+        ) from None
     if token is None and get_token() is None:
         raise ValueError(f"Nothing was pushed to '{repo_id}': {LOGIN}.")
     api = HfApi(token=token)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from hf_approx.json_files import read_json
 from hf_approx.layout import variant_of
 from hf_approx.links import own_file
 from hf_approx.sentence_parts import APART, PARTS_FILE, part_files, part_folders
-from hf_approx.text import one_line
+from hf_approx.text import listed, one_line
 
 CONFIG, INDEX, WEIGHTS = constants.CONFIG_NAME, constants.SAFETENSORS_INDEX_FILE, constants.SAFETENSORS_SINGLE_FILE
 DECODER = "language_model/attrs.json"
@@ -159,14 +159,25 @@ def find_checkpoint(
             # Which these are is known only now; the name of the folder is that of the commit.
             files = [f"{part}/{inner}{name}" for part in parts for inner in ("", "*/") for name in INNER_FILES]
             folder = _download(path_or_repo, files, [], folder.name, token)
-    check_kind(path_or_repo, {path.name for path in folder.iterdir()})
+    check_kind(path_or_repo, {path.name for path in folder.iterdir()}, _models_in(folder))
     if everything:
         model_files(folder)
     return folder
 
 
-def check_kind(source: str, names: Collection[str]) -> None:
-    """Raise `FileNotFoundError` unless there is a model of transformers among these files of a folder's top."""
+def _models_in(folder: Path) -> list[str]:
+    """The folders in a folder that have a config, as those of a recipe's outputs have."""
+    return sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+
+
+def check_kind(source: str, names: Collection[str], inner: Sequence[str] = ()) -> None:
+    """Raise `FileNotFoundError` unless there is a model of transformers among these files of a folder's top.
+
+    Args:
+        source: The folder or repository.
+        names: Of the files.
+        inner: Names of folders in it that may be meant.
+    """
     if PIPELINE in names:
         raise FileNotFoundError(
             f"'{source}' is a pipeline of diffusers: give one of its folders that holds a model of transformers, as "
@@ -180,7 +191,8 @@ def check_kind(source: str, names: Collection[str]) -> None:
                 f"'{source}' holds adapters of PEFT, not a model: load them on their base, and save what "
                 "merge_and_unload() returns."
             )
-        raise FileNotFoundError(f"'{source}' has no {CONFIG}: it is not a saved model.")
+        hint = f" There are models in its folders {listed(inner)}." if inner else ""
+        raise FileNotFoundError(f"'{source}' has no {CONFIG}: it is not a saved model.{hint}")
 
 
 def model_files(folder: Path, also: Collection[str] = ()) -> ModelFiles:

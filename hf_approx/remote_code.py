@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import transformers
 from transformers import CONFIG_MAPPING
 
-from hf_approx.cards import auto_class, first_architecture
+from hf_approx.cards import auto_class, first_architecture, own_class
 from hf_approx.checkpoint.config import LOADER
 from hf_approx.json_files import read_json
 from hf_approx.text import one_line
@@ -46,9 +46,8 @@ def loader_files(folder: Path) -> dict[str, bytes]:
         Contents by file name.
     """
     config, _ = _without(read_json(folder / "config.json"))
-    name = first_architecture(config)
-    cls = None if name is None else getattr(transformers, name, None)
-    if name is None or not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    name = own_class(config)
+    if name is None:
         return {}
     config["auto_map"] = {auto_class(name): f"{LOADER}.{name}"}
     return {"config.json": _dumped(config), LOADER_FILE: TEMPLATE.format(name=name).encode()}

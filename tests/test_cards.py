@@ -18,6 +18,7 @@ from hf_approx.cards import auto_class, escape, one_line, render_card, task_of, 
 from hf_approx.cli import main
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.layout import MARKER
+from hf_approx.remote_code import loader_files
 from models import build, dataset
 from sharing import deep_bert
 
@@ -107,7 +108,12 @@ def test_a_card_says_what_the_report_and_the_files_say(folder):
     assert "AutoModelForSequenceClassification" in card
     (folder / "layers.png").write_bytes(b"")
     assert "](layers.png)" in render_card(folder, "me/model")
-    assert 'from_pretrained("me/model")' in render_card(folder, "me/model")
+    loading = render_card(folder, "me/model").split("## How to load")[1]
+    assert "pip install hf-approx\n" in loading
+    assert "\nimport hf_approx " in loading
+    assert '.from_pretrained("me/model")\n' in loading
+    assert '.from_pretrained("me/model", trust_remote_code=True)\n' in loading
+    assert "PATH_OR_REPO" not in loading
 
 
 def test_a_card_without_a_report(folder):
@@ -123,8 +129,19 @@ def test_a_plain_model_needs_no_hf_approx(tmp_path):
     build("llama").save_pretrained(tmp_path)
     card = render_card(tmp_path)
     assert "import hf_approx" not in card
+    assert "pip install" not in card
+    assert "trust_remote_code" not in card
     assert "AutoModelForCausalLM" in card
     assert front_matter(card)["pipeline_tag"] == "text-generation"
+
+
+def test_a_class_that_transformers_lacks_has_no_code_to_load_it(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["GeneratorOfImages"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    card = render_card(folder, "me/model")
+    assert "import hf_approx" in card
+    assert '", trust_remote_code=True)' not in card
+    assert loader_files(folder) == {}
 
 
 SENTENCES = {

@@ -222,6 +222,7 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[1]")
     refuse("neither a folder nor", "inspect", tmp_path / "nowhere")
+    refuse("not a saved model. There are models in its folders broken, list.", "push", tmp_path, "me/x")
     for command in (("inspect", packed), ("decompress", packed, tmp_path / "out")):
         refuse("only repositories have revisions", *command, "--revision", "v1")
     refuse("has no config.json", "inspect", tmp_path / "full")
@@ -230,6 +231,7 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     refuse("not an empty folder", "compress", trained, tmp_path / "full")
     refuse("packed already", "compress", packed, tmp_path / "out")
     refuse("--max-bits says how to quantize: give --bits too", "compress", trained, tmp_path / "out", "--max-bits", 3)
+    refuse("--bits 4 is an average, and no", "compress", trained, tmp_path / "out", "--bits", 4, "--max-bits", 3)
     refuse("not 'int4'", "compress", trained, tmp_path / "out", "--store-dtype", "int4")
     refuse("is not packed", "decompress", trained, tmp_path / "out")
     refuse("does not exist", "train", tmp_path / "no.yaml")
@@ -244,10 +246,15 @@ def test_user_errors(trained, packed, tmp_path, refuse):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "full", "list"]
 
 
-def test_a_dense_model_has_nothing_to_compress(tmp_path, refuse):
+def test_a_dense_model_has_nothing_to_compress(tmp_path, refuse, capsys):
     build("bert").save_pretrained(tmp_path / "dense")
     refuse("no weight with enough zeros", "compress", tmp_path / "dense", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    run("inspect", tmp_path / "dense")
+    shown = capsys.readouterr().out
+    assert f"{inspect_checkpoint(tmp_path / 'dense').bytes:,} bytes, nothing of it packed." in shown
+    assert "smaller" not in shown
 
 
 @pytest.mark.parametrize("name", ["TrainingArguments", "pipeline", "Nonsense", 5])
@@ -469,6 +476,7 @@ def test_a_push_without_a_token_says_how_to_log_in_before_anything_is_asked(trai
     monkeypatch.setattr("hf_approx.hub.get_token", lambda: None)
     monkeypatch.setattr("hf_approx.hub.HfApi", None)
     refuse("Nothing was pushed to 'me/x': log in with `hf auth login`, or give a token", "push", trained, "me/x")
+    refuse("to 'me/x/y': that is no name of a repository, as USER/NAME is.", "push", trained, "me/x/y")
     with pytest.raises(ValueError, match="log in with `hf auth login`"):
         push_folder(trained, "me/x", is_model=False)
 

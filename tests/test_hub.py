@@ -355,7 +355,7 @@ def test_refusals_are_one_line_and_write_nothing(hub, cli, folder, tmp_path):
         "characters that no token has": ["push", folder, "me/new", "--token", f"{TOKEN}\n"],
         "is no folder": ["push", tmp_path / "nowhere", "me/new", "--token", TOKEN],
         "unfinished training": ["push", tmp_path / "unfinished", "me/new", "--token", TOKEN],
-        "Repo id": ["push", folder, "me/../new", "--token", TOKEN],
+        "that is no name of a repository": ["push", folder, "me/../new", "--token", TOKEN],
         "neither a folder nor": ["inspect", "../nowhere/x"],
         "for a private one log in (`hf auth login`)": ["decompress", "me/secret", tmp_path / "out"],
         "Invalid credentials  ": ["export", "me/public", tmp_path / "out", "--token", wrong],
