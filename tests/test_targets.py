@@ -6,8 +6,11 @@ from torch import nn
 from torch.nn.utils import weight_norm as old_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
+    DFineConfig,
+    DFineForObjectDetection,
     EncodecConfig,
     EncodecModel,
+    HGNetV2Config,
     MarianConfig,
     MarianMTModel,
     MixtralConfig,
@@ -108,6 +111,58 @@ def test_a_codec_whose_layers_are_all_normalized_is_refused():
     config = EncodecConfig(num_filters=4, num_lstm_layers=1, hidden_size=16, codebook_dim=16, codebook_size=8)
     with pytest.raises(ValueError, match=r"No layer of EncodecModel can be compressed. 'encoder.*computes its weight"):
         SparsificationConfig().build().attach(EncodecModel(config))
+
+
+def test_a_detector_whose_heads_are_tied_is_packed_without_them(tmp_path, caplog):
+    backbone = HGNetV2Config(
+        embeddings_size=16,
+        stem_channels=[3, 16, 16],
+        stage_in_channels=[16, 16],
+        stage_mid_channels=[8, 8],
+        stage_out_channels=[16, 32],
+        stage_num_blocks=[1, 1],
+        stage_numb_of_layers=[1, 1],
+        stage_downsample=[False, True],
+        stage_light_block=[False, False],
+        stage_kernel_size=[3, 3],
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        out_indices=[1, 2],
+    )
+    sizes = ("d_model", "encoder_hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
+    config = DFineConfig(
+        backbone_config=backbone,
+        encoder_in_channels=[16, 32],
+        decoder_in_channels=[32, 32],
+        feat_strides=[8, 16],
+        num_feature_levels=2,
+        decoder_n_points=[4, 4],
+        encode_proj_layers=[1],
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_layers=2,
+        num_queries=8,
+        num_labels=3,
+        **dict.fromkeys(sizes, 32),
+    )
+    torch.manual_seed(0)
+    model = DFineForObjectDetection(config).eval()
+    caplog.clear()
+    method = MagnitudePruningConfig(target_sparsity=0.5).build()
+    method.attach(model)
+    (told,) = [text for text in caplog.messages if "It is left as it is." in text]
+    assert "'model.decoder.class_embed.0' is tied to another module's" in told
+    method.on_step(1.0)
+    names = method.finalize()
+    assert len(names) > 20
+    assert not [name for name in names if "class_embed" in name or "bbox_embed" in name]
+    attach_packing(model, names)
+    model.save_pretrained(tmp_path)
+    loaded = DFineForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        before, after = (each(pixel_values=torch.ones(1, 3, 64, 64)) for each in (model, loaded))
+    assert torch.equal(before.logits, after.logits)
+    assert torch.equal(before.pred_boxes, after.pred_boxes)
 
 
 def test_layers_that_are_blocks_by_themselves_share_weights():
