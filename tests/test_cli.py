@@ -101,10 +101,13 @@ def test_compress_then_decompress(trained, tmp_path):
     assert size(tmp_path / "plain") == pytest.approx(size(trained), rel=0.01)
 
 
-def test_only_files_of_the_model_come_along(packed, tmp_path):
+def test_only_files_of_the_model_come_along(packed, tmp_path, caplog):
     """An index of other weight files would be wrong, and so would what the report says of these files before."""
     folder = shutil.copytree(packed, tmp_path / "packed")
-    for name in ("pytorch_model.bin.index.json", "trainer_state.json", "chat_template.jinja", "source.spm"):
+    for name in (
+        *("pytorch_model.bin.index.json", "trainer_state.json", "training_args.json", "chat_template.jinja"),
+        "source.spm",
+    ):
         (folder / name).write_text("{}")
     for name in ("additional_chat_templates", "checkpoint-8"):
         (folder / name).mkdir()
@@ -127,6 +130,9 @@ def test_only_files_of_the_model_come_along(packed, tmp_path):
     assert kept["methods"] == []
     assert set(kept) == {"methods", "about"}
     assert kept["about"] == {"exported": True}
+    (told,) = [text for text in caplog.messages if "Left out" in text]
+    assert "trainer_state.json" in told
+    assert "training_args.json" not in told  # which every training of ours writes
 
 
 def test_inspect_counts_what_is_in_the_file(packed):

@@ -286,6 +286,7 @@ def test_trusted_code_imports_the_library_or_says_what_to_install(hub, run, cli,
     model = BertForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         torch.save(model(**batch("bert")).logits, tmp_path / "logits.pt")
+    assert b'.from_pretrained("me/trusted", trust_remote_code=True)' in pushed["README.md"]
     run(TRUST, tmp_path / "logits.pt", tmp_path / "saved")
     run(WITHOUT)
     plain = tmp_path / "plain"

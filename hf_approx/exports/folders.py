@@ -21,7 +21,7 @@ from hf_approx.files import write_bytes, write_text
 from hf_approx.finite import refuse_not_finite
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.json_files import read_json
-from hf_approx.layout import CARD_FILE, CONFIG_FILE, PICTURES, REPORT_FILE
+from hf_approx.layout import ARGUMENTS_FILE, CARD_FILE, CONFIG_FILE, PICTURES, REPORT_FILE
 from hf_approx.links import own_file
 from hf_approx.logs import get_logger
 from hf_approx.model_folder import model_files
@@ -202,8 +202,8 @@ def write_model(
 
 def _bring_companions(source: Path, folder: Path) -> None:
     """Copy what belongs to a model beside its weights and configs, and say what is left out."""
-    # What describes other files is made anew.
-    ours = (CARD_FILE, REPORT_FILE, *PICTURES)
+    # What describes other files is made anew, and these were not trained with those arguments.
+    ours = (CARD_FILE, REPORT_FILE, ARGUMENTS_FILE, *PICTURES)
     found = model_files(source, ours)
     for name in sorted({*found.others} - {*ours, "config.json", "generation_config.json"}):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
