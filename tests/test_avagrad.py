@@ -200,20 +200,6 @@ def test_foreach_equals_single_tensor(variant):
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
-def test_a_tensor_of_several_pieces_equals_the_single_tensor_path():
-    torch.manual_seed(0)
-    start, gradients = torch.randn(600, 700), [torch.randn(600, 700) for _ in range(4)]
-    results = []
-    for foreach in (True, False):
-        w, small = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start[0].clone())
-        optimizer = AvaGrad([w, small], eps=1e-2, weight_decay=0.1, foreach=foreach)
-        for gradient in gradients:
-            w.grad, small.grad = gradient.clone(), gradient[0].clone()
-            optimizer.step()
-        results.append(torch.cat([w.detach().reshape(-1), small.detach()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("variant", ["exact", "reference", "paper"])
 def test_a_deep_copy_goes_on_alike(variant):
     model, x, y = model_and_data()

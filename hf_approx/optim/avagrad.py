@@ -1,52 +1,67 @@
 """AvaGrad (Savarese et al., CVPR 2021): adaptive steps whose size and adaptability tune independently."""
 
+import math
+import weakref
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from hf_approx.optim import kernels, native
 from hf_approx.optim.config import GammaScope, Variant, check_hyperparameters, resolve_gamma_scope
-from hf_approx.optim.kernels import Batch, pieces, squared_norm
+from hf_approx.optim.kernels import Batch, Rule, local_quad, reduced
 
 
 class AvaGrad(Optimizer):
     r"""AvaGrad, and AvaGradW with `decoupled_weight_decay=True`.
 
-    With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that have a gradient:
+        With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that have a gradient:
 
-        w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
+            w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
 
-    so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
-    searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
-    size. The second moment is one step old, so rates do not depend on the gradient they multiply. Weights whose
-    gradient is always zero (rows of an embedding, pruned weights) count with the largest rate, 1 / eps: an eps far
-    below the other gradients then leaves those almost no step.
+        so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
+        searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
+        size. The second moment is one step old, so rates do not depend on the gradient they multiply. Weights whose
+        gradient is always zero (rows of an embedding, pruned weights) count with the largest rate, 1 / eps: an eps far
+        below the other gradients then leaves those almost no step.
 
-    Args:
-        params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
-            `weight_decay`, `maximize`.
-        lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's. A tensor of one
-            element is used where it is, at every step; the other options are read once if they are tensors.
-        betas: Decay of the running mean of the gradient and of its square.
-        eps: Adaptability, added to the root of the second moment; in the units of a gradient.
-        weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
-        decoupled_weight_decay: Multiply weights by `1 - lr * weight_decay` and leave gradients alone.
-        variant: `"exact"`: bias-corrected moments, gamma from the very rates it scales, the first call
-            only fills the state. `"reference"`: the authors' code, whose gamma is one call old and per
-            group. `"paper"`: no bias correction, moves from the first call.
-        gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
-            decay and no-decay groups changes nothing. `"group"`: one per group.
-        maximize: Ascend.
-        foreach: Use the multi-tensor implementation; None: yes.
+        Args:
+            params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
+                `weight_decay`, `maximize`.
+            lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's. A tensor of one
+                element is used where it is, at every step; the other options are read once if they are tensors.
+            betas: Decay of the running mean of the gradient and of its square.
+            eps: Adaptability, added to the root of the second moment; in the units of a gradient.
+            weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
+            decoupled_weight_decay: Multiply weights by `1 - lr * weight_decay` and leave gradients alone.
+            variant: `"exact"`: bias-corrected moments, gamma from the very rates it scales, the first call
+                only fills the state. `"reference"`: the authors' code, whose gamma is one call old and per
+                group. `"paper"`: no bias correction, moves from the first call.
+            gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
+                decay and no-decay groups changes nothing. `"group"`: one per group.
+            maximize: Ascend.
+            foreach: Take many tensors in one call; None: yes. False takes one after another, and nothing compiled.
 
-    Each optimizer sees the gradients of all weights it normalises: one that is given a share of the parameters by
-    `ZeroRedundancyOptimizer` normalises that share alone.
+    A step is one pass over memory: the rates of the next step depend on nothing but the second moment that this one
+    writes, so their norm is added up while it is written, and stays on the device. Only when it does not hold for the next
+    step (a state was loaded or written to, eps or beta2 changed, other parameters have gradients) does a pass over the
+    second moments compute it again. On a CPU, models of four million weights or more are stepped by C++ that the machine's
+    compiler builds once a process; without a compiler, and elsewhere, by multi-tensor operations on parts of bounded size,
+    so no temporary is as large as the model. Half-precision weights are computed in float32 and rounded once. Of DTensors
+    each process steps its own part, with one reduction for all norms of a step.
 
-    Raises:
-        ValueError: A hyper-parameter is NaN, infinite or out of range, or differs between groups and must not.
-        RuntimeError: A gradient is sparse, or a CUDA graph is being captured: steps are counted on the host.
+        Each optimizer sees the gradients of all weights it normalises: one that is given a share of the parameters by
+        `ZeroRedundancyOptimizer` normalises that share alone.
+
+        Raises:
+            ValueError: A hyper-parameter is NaN, infinite or out of range, or differs between groups and must not.
+            RuntimeError: A gradient is sparse, or a CUDA graph is being captured: steps are counted on the host.
     """
+
+    _next: "_Next | None" = None
 
     def __init__(
         self,
@@ -150,26 +165,38 @@ class AvaGrad(Optimizer):
             with torch.enable_grad():
                 loss = closure()
 
-        batches = [batch for group in self.param_groups for batch in self._gather(group)]
-        if self.defaults["variant"] == "reference":
-            self._step_reference(batches)
-        else:
-            self._step_same_gamma(batches)
-        return loss
-
-    def _gather(self, group: dict[str, Any]) -> list[Batch]:
-        """The group's parameters that have a gradient, in batches one multi-tensor call can take."""
-        if any(param.grad is not None and param.grad.is_sparse for param in group["params"]):
+        trained = [[param for param in group["params"] if param.grad is not None] for group in self.param_groups]
+        if any(param.grad.is_sparse for params in trained for param in params):
             raise RuntimeError(
                 "AvaGrad: a gradient is sparse; build the embedding with sparse=False, "
                 "or give those parameters to torch.optim.SparseAdam."
             )
+        batches = [batch for number, params in enumerate(trained) for batch in self._gather(number, params)]
+        on_cpu = sum(batch.local_numel for batch in batches if batch.device.type == "cpu")
+        forms = [_form(batch, on_cpu) for batch in batches]
+        if self.defaults["variant"] == "reference":
+            gammas = {number: group["gamma"] for number, group in enumerate(self.param_groups)}
+        elif self._next is not None and self._next.holds([b for b in batches if b.rule.moves]):
+            gammas = self._next.gammas
+        else:
+            pairs = [(b, k) for b, k in zip(batches, forms, strict=True) if b.rule.moves]
+            gammas = self._gammas([b for b, _ in pairs], [k.norm(b) for b, k in pairs])
+        sums = [k.step(b, gammas.get(self._scope(b))) for b, k in zip(batches, forms, strict=True)]
+        gammas = self._gammas(batches, sums)
+        if self.defaults["variant"] == "reference":
+            for number, gamma in gammas.items():
+                # A tensor: to read its number would wait for the device.
+                self.param_groups[number]["gamma"] = gamma
+        else:
+            self._next = _Next(batches, gammas)
+        return loss
+
+    def _gather(self, number: int, params: list[torch.Tensor]) -> list[Batch]:
+        """The parameters of a group that have a gradient, in batches that one call can take."""
+        group = self.param_groups[number]
         foreach = group["foreach"] is None or group["foreach"]
-        done: list[Batch] = []
-        open_batches: dict[tuple[Any, ...], Batch] = {}
-        for index, param in enumerate(group["params"]):
-            if param.grad is None:
-                continue
+        batches: dict[tuple[Any, ...], Batch] = {}
+        for param in params:
             state = self.state[param]
             if not state:
                 dtype = torch.float32 if param.dtype in (torch.float16, torch.bfloat16) else param.dtype
@@ -177,61 +204,90 @@ class AvaGrad(Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
                 state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype)
             state["step"] += 1
-            # Ordinary tensors share batches; anything else (a DTensor, say) has batches of its own mesh.
-            kind = (type(param.data), getattr(param, "device_mesh", None), param.device, param.dtype)
-            key: tuple[Any, ...] = (*kind, state["step"]) if foreach else (index,)
-            whole: tuple[torch.Tensor, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-            if param.is_complex():
-                whole = tuple(torch.view_as_real(tensor) for tensor in whole)
-            for piece in pieces(whole) if foreach else [whole]:
-                batch = open_batches.setdefault(key, Batch(group, state["step"]))
-                batch.append(*piece)
-                if batch.is_full:
-                    done.append(open_batches.pop(key))
-        return [*done, *open_batches.values()]
+            square = state["exp_avg_sq"]
+            grad: Any = param.grad
+            quad, dense = local_quad((param, grad, state["exp_avg"], square))
+            mesh = None
+            if isinstance(param, DTensor):
+                mesh = (param.device_mesh, tuple(not placement.is_replicate() for placement in param.placements))
+            key = (state["step"], dense, mesh, quad[0].device, *(tensor.dtype for tensor in quad))
+            if key not in batches:
+                batches[key] = Batch(number, self._rule(group, state["step"]), foreach, dense, mesh)
+            batch = batches[key]
+            batch.quads.append(quad)
+            batch.states.append(square)
+            batch.numel += param.numel() * (2 if param.is_complex() else 1)
+        return list(batches.values())
 
-    def _step_same_gamma(self, batches: list[Batch]) -> None:
-        """`exact` and `paper`: gamma normalises the rates of this very step."""
-        corrected = self.defaults["variant"] == "exact"
-        moving = [batch for batch in batches if batch.step > 1 or not corrected]
-        gammas = self._gammas(moving, offset=-1 if corrected else None)
-        for batch in batches:
-            grads = batch.decayed_gradients()
-            batch.update_mean(grads)
-            if batch.step > 1 or not corrected:
-                # Computed again rather than kept: cheaper than a copy of the model in memory.
-                rates = batch.rates(batch.step - 1 if corrected else None)
-                correction = 1 - batch.group["betas"][0] ** batch.step if corrected else 1.0
-                batch.move(rates, gammas[self._scope_key(batch)], correction)
-            batch.update_square(grads)
+    def _rule(self, group: dict[str, Any], step: int) -> Rule:
+        """What the variant does to a group's parameters at their step of that number, counted from 1."""
+        variant, (beta1, beta2), decay = self.defaults["variant"], group["betas"], group["weight_decay"]
+        corrected = variant != "paper"
+        now = (1 - beta2**step) ** 0.5 if corrected else 1.0
+        # Rates are made of what the step before left. At the first there is nothing to correct, and nothing moves.
+        before = (1 - beta2 ** (step - 1)) ** 0.5 if corrected and step > 1 else 1.0
+        return Rule(
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            lr=group["lr"],
+            l2=0.0 if group["decoupled_weight_decay"] else decay,
+            decay=decay if group["decoupled_weight_decay"] else 0.0,
+            maximize=group["maximize"],
+            root=before,
+            correction=1 - beta1**step if corrected else 1.0,
+            moves=step > 1 or not corrected,
+            norm_root=now,
+            norm_of_old=variant == "reference",
+        )
 
-    def _step_reference(self, batches: list[Batch]) -> None:
-        """The authors' code: gamma was left by the previous call, from a second moment one step older."""
-        gammas = self._gammas(batches, offset=0)
-        for batch in batches:
-            grads = batch.decayed_gradients()
-            batch.update_mean(grads)
-            if batch.step > 1:
-                correction = 1 - batch.group["betas"][0] ** batch.step
-                batch.move(batch.rates(batch.step - 1), batch.group["gamma"], correction)
-            batch.update_square(grads)
-        for batch in batches:
-            # A tensor: to read its number would wait for the device.
-            batch.group["gamma"] = gammas[self._scope_key(batch)]
+    def _scope(self, batch: Batch) -> int:
+        return batch.group if self.defaults["gamma_scope"] == "group" else 0
 
-    def _scope_key(self, batch: Batch) -> int:
-        return id(batch.group) if self.defaults["gamma_scope"] == "group" else 0
+    def _gammas(self, batches: list[Batch], sums: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """sqrt(d) / ||eta|| of each scope, from the sums of squared rates that batches have on this process."""
+        squares: dict[int, torch.Tensor] = {}
+        counts: dict[int, int] = {}
+        for batch, square in zip(batches, reduced(batches, sums), strict=True):
+            scope = self._scope(batch)
+            squares[scope] = squares[scope] + square.to(squares[scope].device) if scope in squares else square
+            counts[scope] = counts.get(scope, 0) + batch.numel
+        return {scope: (counts[scope] / square).sqrt() for scope, square in squares.items()}
 
-    def _gammas(self, batches: list[Batch], offset: int | None) -> dict[int, torch.Tensor]:
-        """sqrt(d) / ||eta|| for each scope, summed in float64; rates are corrected for step + offset."""
-        square: dict[int, torch.Tensor] = {}
-        count: dict[int, int] = {}
-        for batch in batches:
-            key = self._scope_key(batch)
-            total = squared_norm(batch.rates(None if offset is None else batch.step + offset))
-            square[key] = total if key not in square else square[key] + total.to(square[key].device)
-            count[key] = count.get(key, 0) + batch.numel
-        return {key: (count[key] / square[key]).sqrt() for key in square}
+
+class _Next:
+    """The gammas that a step left for the next one, and what that must find unchanged to use them."""
+
+    def __init__(self, batches: list[Batch], gammas: dict[int, torch.Tensor]) -> None:
+        self.gammas = gammas
+        self.numbers = [(batch.group, batch.rule.norm_root, batch.rule.eps) for batch in batches]
+        self.squares = [(weakref.ref(state), *_versions(state)) for batch in batches for state in batch.states]
+
+    def holds(self, batches: list[Batch]) -> bool:
+        """Whether these batches, whose weights are to move, have the second moments and options of that step."""
+        states = [state for batch in batches for state in batch.states]
+        return (
+            self.numbers == [(batch.group, batch.rule.root, batch.rule.eps) for batch in batches]
+            and len(states) == len(self.squares)
+            and all(
+                kept() is state and (one, two) == _versions(state)
+                for (kept, one, two), state in zip(self.squares, states, strict=True)
+            )
+        )
+
+
+def _versions(tensor: torch.Tensor) -> tuple[float, float]:
+    """Grow whenever the tensor is written to; equal to nothing if PyTorch does not count that."""
+    if tensor.is_inference():
+        return math.nan, math.nan
+    return tensor._version, tensor._local_tensor._version if isinstance(tensor, DTensor) else 0
+
+
+def _form(batch: Batch, on_cpu: int) -> ModuleType:
+    """The fastest form there is for a batch; `on_cpu` is how many weights this call steps on the CPU."""
+    if on_cpu >= native.ELEMENTS and native.takes(batch):
+        return native
+    return kernels
 
 
 def _number(value: Any) -> Any:

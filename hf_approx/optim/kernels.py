@@ -1,7 +1,7 @@
 """The arithmetic of AvaGrad on a batch of tensors that share hyper-parameters and step count.
 
-Each operation is one `torch._foreach_*` call. A batch of a single tensor is the single-tensor
-implementation: the same formulas in the same order.
+What a step does to a batch is a `Rule`. This file has the form that runs everywhere, `torch._foreach_*` calls on
+parts small enough for a cache; `native.py` and `triton_step.py` do the same in one pass over memory.
 """
 
 from collections.abc import Iterator
@@ -10,109 +10,215 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 CPU_ELEMENTS = 1 << 18
-"""Elements of a batch on a CPU: its tensors stay in the cache from the first operation to the last."""
+"""Elements of a part on a CPU: its tensors stay in the cache from the first operation to the last."""
 
-ACCELERATOR_ELEMENTS = 1 << 27
-"""Elements of a batch elsewhere: enough to fill the device, few enough to bound the temporary memory."""
+ACCELERATOR_ELEMENTS = 1 << 24
+"""Elements of a part elsewhere: enough to fill the device, few enough to bound the temporary memory."""
 
-
-def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """Sum of squares over all tensors, added up in float64 where there is one; reduced over a mesh."""
-    # One float32 sum over many millions of numbers would lose digits; over a piece it does not.
-    wide = torch.float64 if tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_ELEMENTS else None
-    norms = torch._foreach_norm(tensors, 2.0, wide)
-    whole = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
-    return whole.to(torch.float32 if whole.device.type == "mps" else torch.float64).square().sum()
+Quad = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Of one parameter, or a part of it: weights, gradients, means and squares."""
 
 
-def pieces(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Equal parts of tensors of one shape, small enough for a CPU batch; the tensors themselves elsewhere."""
-    splits = tensors[0].device.type == "cpu" and tensors[0].numel() > CPU_ELEMENTS
-    if splits and all(type(t) is not DTensor and t.is_contiguous() for t in tensors):
-        yield from zip(*(t.view(-1).split(CPU_ELEMENTS) for t in tensors), strict=True)
-    else:
-        yield tensors
+@dataclass(frozen=True)
+class Rule:
+    """One step of one batch; see the formulas in `AvaGrad`.
+
+    Attributes:
+        lr: A number, or a tensor of one element that is read where it is.
+        l2: Times the weights is added to the gradients.
+        decay: `1 - lr * decay` multiplies the weights.
+        root: Square root of the bias correction of the second moment that the rates are made of.
+        correction: Bias correction of the mean.
+        moves: Whether weights move; a first call may only fill the state.
+        norm_root: As `root`, for the rates whose squares the step adds up.
+        norm_of_old: Whether those are rates of the second moment before the update, not after it.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    lr: float | Tensor
+    l2: float
+    decay: float
+    maximize: bool
+    root: float
+    correction: float
+    moves: bool
+    norm_root: float
+    norm_of_old: bool
 
 
 @dataclass
 class Batch:
-    """Parameters of one group at one step count, with their gradients and moments."""
+    """Parameters of one group at one step count, with their gradients and moments.
 
-    group: dict[str, Any]
-    step: int
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    mean: list[Tensor] = field(default_factory=list)
-    square: list[Tensor] = field(default_factory=list)
+    Attributes:
+        group: Number of the parameter group.
+        foreach: Whether several tensors may be taken in one call.
+        dense: Whether every quad is four contiguous tensors.
+        mesh: Of DTensors: the mesh, and for each of its dimensions whether the tensors are split along it.
+        quads: What this process holds of each parameter.
+        states: The second moments as the optimizer keeps them.
+        numel: Weights, counted over all processes.
+    """
+
+    group: int
+    rule: Rule
+    foreach: bool
+    dense: bool
+    mesh: tuple[Any, tuple[bool, ...]] | None
+    quads: list[Quad] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     numel: int = 0
 
-    def append(self, param: Tensor, grad: Tensor, mean: Tensor, square: Tensor) -> None:
-        """Add one parameter, or a part of it; `numel` counts weights over all shards."""
-        self.params.append(param)
-        self.grads.append(grad)
-        self.mean.append(mean)
-        self.square.append(square)
-        self.numel += param.numel()
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.quads[0][0].device
 
     @property
-    def is_full(self) -> bool:
-        """Whether the next tensor should start a new batch."""
-        return self.numel >= (CPU_ELEMENTS if self.params[0].device.type == "cpu" else ACCELERATOR_ELEMENTS)
+    def local_numel(self) -> int:
+        """Weights this process holds."""
+        return sum(quad[0].numel() for quad in self.quads)
 
-    def decayed_gradients(self) -> list[Tensor]:
-        """Gradients in the dtype of the moments, negated to maximize, with L2 if that is the decay."""
-        grads = [g.to(m.dtype) for g, m in zip(self.grads, self.mean, strict=True)]
-        if self.group["maximize"]:
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of weights, gradients, means and squares."""
+        return tuple(tensor.dtype for tensor in self.quads[0])
+
+    def parts(self) -> Iterator[list[list[Tensor]]]:
+        """Lists of weights, gradients, means and squares, each together about as large as a part should be."""
+        limit = CPU_ELEMENTS if self.device.type == "cpu" else ACCELERATOR_ELEMENTS
+        part: list[Quad] = []
+        size = 0
+        for quad in self.quads:
+            for piece in _pieces(quad, limit):
+                part.append(piece)
+                size += piece[0].numel()
+                if size >= limit or not self.foreach:
+                    yield [list(tensors) for tensors in zip(*part, strict=True)]
+                    part, size = [], 0
+        if part:
+            yield [list(tensors) for tensors in zip(*part, strict=True)]
+
+
+def local_quad(quad: Quad) -> tuple[Quad, bool]:
+    """What this process holds of four tensors of one shape, as real numbers, and whether all are contiguous.
+
+    Tensors that lie dense in memory in the same order of dimensions are contiguous in that order.
+    """
+    param, grad, mean, square = quad
+    if isinstance(param, DTensor):
+        if isinstance(grad, DTensor) and grad.placements != param.placements:
+            grad = grad.redistribute(placements=param.placements)
+        param, grad, mean, square = (
+            t.to_local() if isinstance(t, DTensor) else t for t in (param, grad, mean, square)
+        )
+    if param.is_complex():
+        param, grad, mean, square = map(torch.view_as_real, (param, grad, mean, square))
+    quad = (param, grad, mean, square)
+    if all(tensor.is_contiguous() for tensor in quad):
+        return quad, True
+    strides = param.stride()
+    if any(tensor.stride() != strides for tensor in quad):
+        return quad, False
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    permuted: Quad = tuple(tensor.permute(order) for tensor in quad)  # type: ignore[assignment]
+    return (permuted, True) if permuted[0].is_contiguous() else (quad, False)
+
+
+def _pieces(quad: Quad, limit: int) -> Iterator[Quad]:
+    """Equal parts of four tensors, of at most `limit` elements if they are contiguous, of few rows if not."""
+    if quad[0].numel() <= limit:
+        yield quad
+    elif all(tensor.is_contiguous() for tensor in quad):
+        yield from zip(*(tensor.view(-1).split(limit) for tensor in quad), strict=True)
+    else:
+        rows = max(1, limit * quad[0].shape[0] // quad[0].numel())
+        yield from zip(*(tensor.split(rows) for tensor in quad), strict=True)
+
+
+def reduced(batches: list[Batch], sums: list[Tensor]) -> list[Tensor]:
+    """Sums over all processes; one reduction for each mesh, whatever the number of parameters and groups."""
+    sums = list(sums)
+    meshes: dict[Any, list[int]] = {}
+    for i, batch in enumerate(batches):
+        if batch.mesh is not None and any(batch.mesh[1]):
+            meshes.setdefault(batch.mesh, []).append(i)
+    for (mesh, split), indices in meshes.items():
+        placements = [Partial() if along else Replicate() for along in split]
+        parts = torch.stack([sums[i] for i in indices])
+        whole = DTensor.from_local(parts, mesh, placements, run_check=False).full_tensor()
+        for i, total in zip(indices, whole.unbind(), strict=True):
+            sums[i] = total
+    return sums
+
+
+def step(batch: Batch, gamma: Tensor | None) -> Tensor:
+    """Take the step; returns the sum of squared rates for the next gamma: no dimensions, float64, on the device."""
+    rule = batch.rule
+    sums = []
+    for params, given, means, squares in batch.parts():
+        dtype = means[0].dtype
+        # Half-precision weights are rounded once, at the end.
+        weights = [param.to(dtype) for param in params]
+        grads = [grad.to(dtype) for grad in given]
+        if rule.maximize:
             grads = list(torch._foreach_neg(grads))
-        if self.group["weight_decay"] and not self.group["decoupled_weight_decay"]:
-            weights = [p.to(g.dtype) for p, g in zip(self.params, grads, strict=True)]
-            grads = list(torch._foreach_add(grads, weights, alpha=self.group["weight_decay"]))
-        return grads
+        if rule.l2:
+            grads = list(torch._foreach_add(grads, weights, alpha=rule.l2))
+        torch._foreach_lerp_(means, grads, 1 - rule.beta1)
+        if rule.norm_of_old:
+            sums.append(_sum_of_squares(_rates(squares, rule.norm_root, rule.eps)))
+        if rule.moves:
+            assert gamma is not None
+            _move(rule, gamma, weights, means, _rates(squares, rule.root, rule.eps))
+            if dtype != params[0].dtype:
+                torch._foreach_copy_(params, weights)
+        torch._foreach_mul_(squares, rule.beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - rule.beta2)
+        if not rule.norm_of_old:
+            sums.append(_sum_of_squares(_rates(squares, rule.norm_root, rule.eps)))
+    return torch.stack(sums).sum() if sums else torch.zeros((), device=batch.device)
 
-    def rates(self, correction_step: int | None) -> list[Tensor]:
-        """eta = 1 / (sqrt(v / (1 - beta2^t)) + eps); no correction if `correction_step` is None."""
-        root = list(torch._foreach_sqrt(self.square))
-        if correction_step is not None:
-            torch._foreach_div_(root, (1 - self.group["betas"][1] ** correction_step) ** 0.5)
-        torch._foreach_add_(root, self.group["eps"])
-        torch._foreach_reciprocal_(root)
-        return root
 
-    def update_mean(self, grads: list[Tensor]) -> None:
-        """m <- beta1 m + (1 - beta1) g."""
-        torch._foreach_lerp_(self.mean, grads, 1 - self.group["betas"][0])
+def norm(batch: Batch) -> Tensor:
+    """The sum of squares of the rates of this step, as `step` would have left it."""
+    rule = batch.rule
+    return torch.stack(
+        [_sum_of_squares(_rates(squares, rule.root, rule.eps)) for _, _, _, squares in batch.parts()]
+    ).sum()
 
-    def update_square(self, grads: list[Tensor]) -> None:
-        """v <- beta2 v + (1 - beta2) g^2."""
-        beta = self.group["betas"][1]
-        torch._foreach_mul_(self.square, beta)
-        torch._foreach_addcmul_(self.square, grads, grads, 1 - beta)
 
-    def move(self, rates: list[Tensor], gamma: Tensor | float, mean_correction: float) -> None:
-        """w <- (1 - lr wd) w - lr / correction * gamma * eta * m. Overwrites the rates."""
-        lr, decay = self.group["lr"], self.group["weight_decay"]
-        size = -1.0 if isinstance(lr, Tensor) else -lr
-        if isinstance(gamma, Tensor):
-            # Kept a tensor on the parameters' device, gamma costs an accelerator no synchronisation.
-            gamma = gamma.to(device=rates[0].device, dtype=rates[0].dtype)
-        if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(()).to(device=rates[0].device, dtype=rates[0].dtype)
-            gamma = gamma * lr
-        if decay and self.group["decoupled_weight_decay"]:
-            shrink = 1 - lr * decay
-            if isinstance(shrink, Tensor):
-                for param in self.params:
-                    param.mul_(shrink)
-            else:
-                torch._foreach_mul_(self.params, shrink)
-        for rate in rates:
-            rate.mul_(gamma)
-        if rates[0].dtype == self.params[0].dtype:
-            torch._foreach_addcmul_(self.params, rates, self.mean, size / mean_correction)
-        else:
-            torch._foreach_mul_(rates, self.mean)
-            update = [rate.to(p.dtype) for rate, p in zip(rates, self.params, strict=True)]
-            torch._foreach_add_(self.params, update, alpha=size / mean_correction)
+def _rates(squares: list[Tensor], root: float, eps: float) -> list[Tensor]:
+    """eta = 1 / (sqrt(v) / root + eps)."""
+    rates = list(torch._foreach_sqrt(squares))
+    torch._foreach_div_(rates, root)
+    torch._foreach_add_(rates, eps)
+    torch._foreach_reciprocal_(rates)
+    return rates
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    # One float32 sum over many millions of numbers would lose digits; over a part it does not.
+    norms = torch.stack(torch._foreach_norm(tensors))
+    return norms.to(torch.float32 if norms.device.type == "mps" else torch.float64).square().sum()
+
+
+def _move(rule: Rule, gamma: Tensor, weights: list[Tensor], means: list[Tensor], rates: list[Tensor]) -> None:
+    """w <- (1 - lr decay) w - lr / correction * gamma * eta * m. Overwrites the rates."""
+    lr, size, like = rule.lr, -1 / rule.correction, rates[0]
+    # Kept a tensor on the parameters' device, gamma costs an accelerator no synchronisation.
+    factor = gamma.to(device=like.device, dtype=like.dtype)
+    if isinstance(lr, Tensor):
+        lr = lr.detach().reshape(()).to(device=like.device, dtype=like.dtype, non_blocking=True)
+        factor = factor * lr
+    else:
+        size *= lr
+    if rule.decay:
+        torch._foreach_mul_(weights, 1 - lr * rule.decay)
+    torch._foreach_mul_(rates, factor)
+    torch._foreach_addcmul_(weights, rates, means, size)
