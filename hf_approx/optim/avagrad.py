@@ -18,47 +18,47 @@ from hf_approx.optim.kernels import Batch, Rule, local_quad, reduced
 class AvaGrad(Optimizer):
     r"""AvaGrad, and AvaGradW with `decoupled_weight_decay=True`.
 
-        With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that have a gradient:
+    With \(\eta_t = 1 / (\sqrt{\hat v_{t-1}} + \epsilon)\), elementwise, over the d weights that have a gradient:
 
-            w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
+        w <- w - lr * gamma_t * eta_t * m_t,   gamma_t = sqrt(d) / ||eta_t||
 
-        so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
-        searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
-        size. The second moment is one step old, so rates do not depend on the gradient they multiply. Weights whose
-        gradient is always zero (rows of an embedding, pruned weights) count with the largest rate, 1 / eps: an eps far
-        below the other gradients then leaves those almost no step.
+    so the root mean square of the rates `gamma * eta` is 1 whatever eps is. Hence two one-dimensional
+    searches, not a grid: `eps` chooses between Adam-like (small) and SGD-like (large) steps, `lr` their
+    size. The second moment is one step old, so rates do not depend on the gradient they multiply. Weights whose
+    gradient is always zero (rows of an embedding, pruned weights) count with the largest rate, 1 / eps: an eps far
+    below the other gradients then leaves those almost no step.
 
-        Args:
-            params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
-                `weight_decay`, `maximize`.
-            lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's. A tensor of one
-                element is used where it is, at every step; the other options are read once if they are tensors.
-            betas: Decay of the running mean of the gradient and of its square.
-            eps: Adaptability, added to the root of the second moment; in the units of a gradient.
-            weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
-            decoupled_weight_decay: Multiply weights by `1 - lr * weight_decay` and leave gradients alone.
-            variant: `"exact"`: bias-corrected moments, gamma from the very rates it scales, the first call
-                only fills the state. `"reference"`: the authors' code, whose gamma is one call old and per
-                group. `"paper"`: no bias correction, moves from the first call.
-            gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
-                decay and no-decay groups changes nothing. `"group"`: one per group.
-            maximize: Ascend.
-            foreach: Take many tensors in one call; None: yes. False takes one after another, and nothing compiled.
+    A step is one pass over memory: the rates of the next step need only the second moment that this one writes, so
+    their norm is added up in the same pass, and stays on the device. A pass of its own computes it again when it does
+    not hold for the next step: a state was loaded or written to, eps or beta2 changed, other parameters have
+    gradients. On a CPU, four million weights or more are stepped by C++ that the machine's compiler builds once a
+    process; everything else, and all without a compiler, by multi-tensor operations on parts of bounded size. So no
+    temporary is as large as the model. Half-precision weights are computed in float32 and rounded once. Of DTensors
+    each process steps its own part, and all norms of a step are one reduction.
 
-    A step is one pass over memory: the rates of the next step depend on nothing but the second moment that this one
-    writes, so their norm is added up while it is written, and stays on the device. Only when it does not hold for the next
-    step (a state was loaded or written to, eps or beta2 changed, other parameters have gradients) does a pass over the
-    second moments compute it again. On a CPU, models of four million weights or more are stepped by C++ that the machine's
-    compiler builds once a process; without a compiler, and elsewhere, by multi-tensor operations on parts of bounded size,
-    so no temporary is as large as the model. Half-precision weights are computed in float32 and rounded once. Of DTensors
-    each process steps its own part, with one reduction for all norms of a step.
+    Args:
+        params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
+            `weight_decay`, `maximize`.
+        lr: Step size. Useful values are those of SGD with momentum (0.1 in the paper), not Adam's. A tensor of one
+            element is used where it is, at every step; the other options are read once if they are tensors.
+        betas: Decay of the running mean of the gradient and of its square.
+        eps: Adaptability, added to the root of the second moment; in the units of a gradient.
+        weight_decay: L2 added to the gradient, or, if decoupled, the rate of shrinking the weights.
+        decoupled_weight_decay: Multiply weights by `1 - lr * weight_decay` and leave gradients alone.
+        variant: `"exact"`: bias-corrected moments, gamma from the very rates it scales, the first call
+            only fills the state. `"reference"`: the authors' code, whose gamma is one call old and per
+            group. `"paper"`: no bias correction, moves from the first call.
+        gamma_scope: `"global"` (default): one gamma for the whole model, so splitting parameters into
+            decay and no-decay groups changes nothing. `"group"`: one per group.
+        maximize: Ascend.
+        foreach: Take many tensors in one call; None: yes. False takes one after another, and nothing compiled.
 
-        Each optimizer sees the gradients of all weights it normalises: one that is given a share of the parameters by
-        `ZeroRedundancyOptimizer` normalises that share alone.
+    Each optimizer sees the gradients of all weights it normalises: one that is given a share of the parameters by
+    `ZeroRedundancyOptimizer` normalises that share alone.
 
-        Raises:
-            ValueError: A hyper-parameter is NaN, infinite or out of range, or differs between groups and must not.
-            RuntimeError: A gradient is sparse, or a CUDA graph is being captured: steps are counted on the host.
+    Raises:
+        ValueError: A hyper-parameter is NaN, infinite or out of range, or differs between groups and must not.
+        RuntimeError: A gradient is sparse, or a CUDA graph is being captured: steps are counted on the host.
     """
 
     _next: "_Next | None" = None
