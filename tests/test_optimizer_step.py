@@ -1,9 +1,14 @@
-"""The forms of AvaGrad's step against the plain one: equal step by step, one pass, no large temporaries, no syncs."""
+"""The forms of AvaGrad's step against the plain one: equal step by step, one pass, no large temporaries, no syncs.
+
+With TRITON_INTERPRET=1 and triton installed the form for GPUs is tested too, on the CPU.
+"""
 
 import copy
 import itertools
+import os
 import subprocess
 from functools import cache
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_approx.optim import AvaGrad, kernels, native
+from hf_approx.optim import AvaGrad, avagrad, kernels, native
 from hf_approx.optim.plain import PlainAvaGrad
 
 VARIANTS = [("exact", "global"), ("exact", "group"), ("paper", "global"), ("paper", "group"), ("reference", "group")]
@@ -22,9 +27,18 @@ VARIANTS = [("exact", "global"), ("exact", "group"), ("paper", "global"), ("pape
 SHAPES = [(70, 50), (1024,), (1025,), (), (0, 3), (7, 5, 3)]
 
 
-@pytest.fixture(params=["compiled", "multi-tensor", "one by one"])
+FORMS = ["compiled", "multi-tensor", "one by one"]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The one for GPUs, on the CPU; Triton reads the variable when it is imported.
+    FORMS.append("triton")
+
+
+@pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Options of an AvaGrad that takes the form; the compiled one needs a C++ compiler on the machine."""
+    if request.param == "triton":
+        triton_step = import_module("hf_approx.optim.triton_step")
+        monkeypatch.setattr(avagrad, "_form", lambda batch, _: triton_step if batch.dense else kernels)
     monkeypatch.setattr(native, "ELEMENTS", 0 if request.param == "compiled" else float("inf"))
     if request.param == "compiled":
         assert native.library() is not None
@@ -38,10 +52,11 @@ def compiled(monkeypatch):
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(form, monkeypatch):
     """How often a norm was computed in a pass of its own."""
     counted = []
-    for module in (kernels, native):
+    triton = [import_module("hf_approx.optim.triton_step")] if "triton" in FORMS else []
+    for module in (kernels, native, *triton):
         monkeypatch.setattr(module, "norm", lambda b, norm=module.norm: counted.append(1) or norm(b))
     return counted
 

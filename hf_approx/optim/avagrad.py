@@ -3,6 +3,9 @@
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -31,10 +34,11 @@ class AvaGrad(Optimizer):
     A step is one pass over memory: the rates of the next step need only the second moment that this one writes, so
     their norm is added up in the same pass, and stays on the device. A pass of its own computes it again when it does
     not hold for the next step: a state was loaded or written to, eps or beta2 changed, other parameters have
-    gradients. On a CPU, four million weights or more are stepped by C++ that the machine's compiler builds once a
-    process; everything else, and all without a compiler, by multi-tensor operations on parts of bounded size. So no
-    temporary is as large as the model. Half-precision weights are computed in float32 and rounded once. Of DTensors
-    each process steps its own part, and all norms of a step are one reduction.
+    gradients. On a GPU a Triton kernel steps all tensors of a group in one launch; on a CPU, from four million weights
+    on, C++ does that the machine's compiler builds once a process. Nothing is built again as options, steps or shapes
+    change. Everything else, and all where these do not run, takes multi-tensor operations on parts of bounded size. No
+    form has a temporary as large as the model, and none waits for the device. Half-precision weights are computed in
+    float32 and rounded once. Of DTensors each process steps its own part, and all norms of a step are one reduction.
 
     Args:
         params: Parameters, or dicts of parameter groups with their own `lr`, `betas`, `eps`,
@@ -285,9 +289,17 @@ def _versions(tensor: torch.Tensor) -> tuple[float, float]:
 
 def _form(batch: Batch, on_cpu: int) -> ModuleType:
     """The fastest form there is for a batch; `on_cpu` is how many weights this call steps on the CPU."""
-    if on_cpu >= native.ELEMENTS and native.takes(batch):
-        return native
-    return kernels
+    if batch.device.type == "cuda" and (triton := _triton()) is not None and triton.takes(batch):
+        return triton
+    return native if on_cpu >= native.ELEMENTS and native.takes(batch) else kernels
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The form for GPUs, where the package it needs is installed."""
+    if find_spec("triton") is None:
+        return None
+    return import_module("hf_approx.optim.triton_step")
 
 
 def _number(value: Any) -> Any:
