@@ -324,6 +324,20 @@ def test_without_a_compiler_the_multi_tensor_form_steps_after_one_warning(compil
     assert message.endswith("install g++, or set CXX.")
 
 
+if "triton" in FORMS:
+
+    def test_where_triton_fails_is_said_once(monkeypatch, caplog):
+        triton_step = import_module("hf_approx.optim.triton_step")
+        assert triton_step._works(torch.device("cpu"))
+        triton_step._works.cache_clear()
+        monkeypatch.setattr(triton_step, "_step", None)
+        assert not triton_step._works(torch.device("cpu"))
+        assert not triton_step._works(torch.device("cpu"))
+        (record,) = caplog.records
+        assert "AvaGrad: Triton does not run on cpu ('NoneType' object" in record.getMessage()
+        triton_step._works.cache_clear()
+
+
 def test_small_models_call_no_compiler(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: pytest.fail("a compiler was called"))
     params, optimizer = make()

@@ -1,6 +1,5 @@
 """AvaGrad (Savarese et al., CVPR 2021): adaptive steps whose size and adaptability tune independently."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -214,10 +213,11 @@ class AvaGrad(Optimizer):
             mesh = None
             if isinstance(param, DTensor):
                 mesh = (param.device_mesh, tuple(not placement.is_replicate() for placement in param.placements))
-            key = (state["step"], dense, mesh, quad[0].device, *(tensor.dtype for tensor in quad))
-            if key not in batches:
-                batches[key] = Batch(number, self._rule(group, state["step"]), foreach, dense, mesh)
-            batch = batches[key]
+            one, two, three, four = quad
+            key = (state["step"], dense, mesh, one.device, one.dtype, two.dtype, three.dtype, four.dtype)
+            batch = batches.get(key)
+            if batch is None:
+                batch = batches[key] = Batch(number, self._rule(group, state["step"]), foreach, dense, mesh)
             batch.quads.append(quad)
             batch.states.append(square)
             batch.numel += param.numel() * (2 if param.is_complex() else 1)
@@ -265,26 +265,31 @@ class _Next:
     def __init__(self, batches: list[Batch], gammas: dict[int, torch.Tensor]) -> None:
         self.gammas = gammas
         self.numbers = [(batch.group, batch.rule.norm_root, batch.rule.eps) for batch in batches]
-        self.squares = [(weakref.ref(state), *_versions(state)) for batch in batches for state in batch.states]
+        self.squares = [weakref.ref(square) for batch in batches for square in batch.states]
+        self.versions = _versions(batches)
 
     def holds(self, batches: list[Batch]) -> bool:
         """Whether these batches, whose weights are to move, have the second moments and options of that step."""
-        states = [state for batch in batches for state in batch.states]
+        squares = [square for batch in batches for square in batch.states]
         return (
             self.numbers == [(batch.group, batch.rule.root, batch.rule.eps) for batch in batches]
-            and len(states) == len(self.squares)
-            and all(
-                kept() is state and (one, two) == _versions(state)
-                for (kept, one, two), state in zip(self.squares, states, strict=True)
-            )
+            and len(squares) == len(self.squares)
+            and all(kept() is square for kept, square in zip(self.squares, squares, strict=True))
+            and self.versions is not None
+            and self.versions == _versions(batches)
         )
 
 
-def _versions(tensor: torch.Tensor) -> tuple[float, float]:
-    """Grow whenever the tensor is written to; equal to nothing if PyTorch does not count that."""
-    if tensor.is_inference():
-        return math.nan, math.nan
-    return tensor._version, tensor._local_tensor._version if isinstance(tensor, DTensor) else 0
+def _versions(batches: list[Batch]) -> list[int] | None:
+    """Numbers that grow whenever a second moment is written to; None if one is a tensor that does not count that."""
+    versions = []
+    for batch in batches:
+        if any(square.is_inference() for square in batch.states):
+            return None
+        versions += [square._version for square in batch.states]
+        if batch.mesh is not None:
+            versions += [square.to_local()._version for square in batch.states]  # type: ignore[attr-defined]
+    return versions
 
 
 def _form(batch: Batch, on_cpu: int) -> ModuleType:

@@ -22,6 +22,9 @@ Quad = tuple[Tensor, Tensor, Tensor, Tensor]
 """Of one parameter, or a part of it: weights, gradients, means and squares."""
 
 
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
 @dataclass(frozen=True)
 class Rule:
     """One step of one batch; see the formulas in `AvaGrad`.
@@ -58,7 +61,7 @@ class Batch:
     Attributes:
         group: Number of the parameter group.
         foreach: Whether several tensors may be taken in one call.
-        dense: Whether every quad is four contiguous tensors.
+        dense: Whether every quad is four contiguous tensors of their own memory: no subclasses.
         mesh: Of DTensors: the mesh, and for each of its dimensions whether the tensors are split along it.
         quads: What this process holds of each parameter.
         states: The second moments as the optimizer keeps them.
@@ -106,9 +109,9 @@ class Batch:
 
 
 def local_quad(quad: Quad) -> tuple[Quad, bool]:
-    """What this process holds of four tensors of one shape, as real numbers, and whether all are contiguous.
+    """What this process holds of four tensors of one shape, as real numbers, and whether it is dense: see `Batch`.
 
-    Tensors that lie dense in memory in the same order of dimensions are contiguous in that order.
+    Tensors that lie without gaps in the same order of dimensions are contiguous in that order.
     """
     param, grad, mean, square = quad
     if isinstance(param, DTensor):
@@ -119,15 +122,16 @@ def local_quad(quad: Quad) -> tuple[Quad, bool]:
         )
     if param.is_complex():
         param, grad, mean, square = map(torch.view_as_real, (param, grad, mean, square))
-    quad = (param, grad, mean, square)
-    if all(tensor.is_contiguous() for tensor in quad):
-        return quad, True
+    # Written out: this runs for every parameter in every step, while an accelerator may be waiting.
+    plain = type(param) in _PLAIN and type(grad) in _PLAIN and type(mean) in _PLAIN and type(square) in _PLAIN
+    if param.is_contiguous() and grad.is_contiguous() and mean.is_contiguous() and square.is_contiguous():
+        return (param, grad, mean, square), plain
     strides = param.stride()
-    if any(tensor.stride() != strides for tensor in quad):
-        return quad, False
-    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
-    permuted: Quad = tuple(tensor.permute(order) for tensor in quad)  # type: ignore[assignment]
-    return (permuted, True) if permuted[0].is_contiguous() else (quad, False)
+    if strides == grad.stride() == mean.stride() == square.stride():
+        order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+        if param.permute(order).is_contiguous():
+            return (param.permute(order), grad.permute(order), mean.permute(order), square.permute(order)), plain
+    return (param, grad, mean, square), False
 
 
 def _pieces(quad: Quad, limit: int) -> Iterator[Quad]:

@@ -43,12 +43,7 @@ RULE = ("beta1", "beta2", "eps", "l2", "decay", "maximize", "root", "correction"
 def takes(batch: Batch) -> bool:
     """Whether the batch is one for this pass, and a compiler built it."""
     fits = batch.foreach and batch.dense and batch.device.type == "cpu" and batch.dtypes in KERNELS
-    return fits and all(_is_plain(tensor) for quad in batch.quads for tensor in quad) and library() is not None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its memory can be written where it is; subclasses may have none of their own."""
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return fits and library() is not None
 
 
 @cache

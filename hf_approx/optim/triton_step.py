@@ -142,8 +142,7 @@ def takes(batch: Batch) -> bool:
     weight, grad, mean, square = batch.dtypes
     fits = batch.foreach and batch.dense and batch.device.type == "cuda" and weight in WEIGHTS and grad == weight
     fits = fits and mean == square and mean == (torch.float64 if weight == torch.float64 else torch.float32)
-    plain = (Tensor, torch.nn.Parameter)
-    return fits and all(type(tensor) in plain for quad in batch.quads for tensor in quad) and _works(batch.device)
+    return fits and _works(batch.device)
 
 
 @cache
@@ -232,7 +231,7 @@ def _owners(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, tupl
 
 def _numbers(rule: Rule) -> tuple[int, ...]:
     """The bits of the numbers a kernel needs: as arguments of its own they would be float32."""
-    numbers = (1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.l2, -1.0 if rule.maximize else 1.0)
-    numbers += (1 / rule.root, 1 / rule.norm_root, rule.decay, 1 / rule.correction)
-    numbers += (0.0 if isinstance(rule.lr, Tensor) else rule.lr,)
+    numbers = [1 - rule.beta1, rule.beta2, 1 - rule.beta2, rule.eps, rule.l2, -1.0 if rule.maximize else 1.0]
+    numbers += [1 / rule.root, 1 / rule.norm_root, rule.decay, 1 / rule.correction]
+    numbers += [0.0 if isinstance(rule.lr, Tensor) else rule.lr]
     return struct.unpack(f"{NUMBERS}q", struct.pack(f"{NUMBERS}d", *numbers))
