@@ -42,13 +42,11 @@ class Blocks:
         name: The `ModuleList`.
         units: How many there are.
         option: The option of the config that says so.
-        carrier: A norm in the first block, for the scores: no method compresses norms, so it is free.
     """
 
     name: str
     units: int
     option: str
-    carrier: str
 
 
 def find_blocks(model: nn.Module, target_modules: Patterns = None, exclude: Patterns = None) -> list[Blocks]:
@@ -77,7 +75,7 @@ def find_blocks(model: nn.Module, target_modules: Patterns = None, exclude: Patt
     for path, option in LISTS[model_type].items():
         layers = modules.get(base + path)
         if isinstance(layers, nn.ModuleList) and len(layers) == getattr(model.config, option):
-            known.append(Blocks(base + path, len(layers), option, _carrier(base + path, layers[0])))
+            known.append(Blocks(base + path, len(layers), option))
     chosen = [b for b in known if target_modules is None or matches(b.name, target_modules)]
     found = [b for b in chosen if not matches(b.name, exclude)]
     if not found:
@@ -88,11 +86,6 @@ def find_blocks(model: nn.Module, target_modules: Patterns = None, exclude: Patt
     return found
 
 
-def _carrier(name: str, block: nn.Module) -> str:
-    weights = {path: getattr(module, "weight", None) for path, module in block.named_modules()}
-    return next(f"{name}.0.{path}" for path, w in weights.items() if isinstance(w, Tensor) and w.dim() == 1)
-
-
 def weights_of(model: nn.Module, blocks: Blocks) -> list[str]:
     """Names of the matrices in the blocks."""
     modules = model.get_submodule(blocks.name).named_modules(prefix=blocks.name)
@@ -100,8 +93,9 @@ def weights_of(model: nn.Module, blocks: Blocks) -> list[str]:
     return [name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.dim() > 1]
 
 
-def block_sizes(blocks: nn.ModuleList, like: Tensor) -> Tensor:
-    """Mean magnitude of the parameters of each block, shape (blocks,), in float32 or wider, where `like` is."""
+def block_sizes(blocks: nn.ModuleList) -> Tensor:
+    """Mean magnitude of the parameters of each block, shape (blocks,), in float32 or wider, where the first one is."""
+    like = next(blocks.parameters())
     dtype = torch.promote_types(like.dtype, torch.float32)
     vectors = [nn.utils.parameters_to_vector(block.parameters()).detach() for block in blocks]
     return torch.stack([vector.abs().mean(dtype=dtype) for vector in vectors]).to(like.device)

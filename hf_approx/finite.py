@@ -17,7 +17,11 @@ class NotFiniteError(ValueError):
     """A weight is NaN or infinite."""
 
 
-def refuse_not_finite(where: str, tensors: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
+Named = tuple[str, Tensor] | tuple[str, Tensor, bool]
+"""A tensor with its name and, by default not, whether it may be infinite."""
+
+
+def refuse_not_finite(where: str, tensors: nn.Module | Iterable[Named]) -> None:
     """Raise `NotFiniteError`, naming the first tensor that holds NaN or infinity, if any does.
 
     The device is waited for once, whatever the number of tensors.
@@ -33,12 +37,12 @@ def refuse_not_finite(where: str, tensors: nn.Module | Iterable[tuple[str, Tenso
         raise NotFiniteError(f"{where}: {found}, as training that diverged leaves it.")
 
 
-def first_not_finite(tensors: nn.Module | Iterable[tuple[str, Tensor]]) -> str | None:
+def first_not_finite(tensors: nn.Module | Iterable[Named]) -> str | None:
     """The same as a text, "'name' holds NaN"; None if all is well."""
     if isinstance(tensors, nn.Module):
         entries = list(_of_model(tensors))
     else:
-        entries = [(name, tensor, False) for name, tensor in tensors]
+        entries = [(name, tensor, bool(infinite)) for name, tensor, *infinite in tensors]
     checked = [
         (name, tensor.detach(), infinite)
         for name, tensor, infinite in entries
@@ -91,7 +95,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _own(name: str) -> str:
-    """The name a weight has for those who know nothing of the method that trains it, or of wrappers."""
+    """The name a weight has for those who know nothing of wrappers, or of how a layer shares its weight."""
     return name.replace(".parametrizations.weight.original", ".weight").replace("_orig_mod.", "")
 
 

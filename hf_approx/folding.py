@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import ApproxConfig, attach_packing
+from hf_approx.checkpoint.saving import at_work
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.similarity import Space, gram, locate, similarity_of
 from hf_approx.modules.bank import (
@@ -22,7 +22,6 @@ from hf_approx.modules.bank import (
     set_banks,
     share,
     shared_layers,
-    sharing_of,
 )
 from hf_approx.packing import SharedSpec
 
@@ -92,10 +91,10 @@ def fold(
     distinct (decoders keep their caches); the model trains on, and saves as other models with shared weights do. The
     new weights are dense and in full precision: zeros and bits of the templates they replace are gone.
 
-    Fold before an optimizer is made or after training is finalized: the parameters are new ones.
+    The parameters are new ones, so an optimizer that was made before trains nothing of them.
 
     Args:
-        model: A model with shared weights: a method attached, finalized, or loaded.
+        model: A model with shared weights, finalized or loaded.
         threshold: Smallest similarity of two layers in one cluster; default 0.95.
         layers: Instead of a threshold: how many clusters to leave in each bank.
         space: What similarity is measured on; see `layer_similarity`.
@@ -104,8 +103,8 @@ def fold(
         What became of the layers.
 
     Raises:
-        ValueError: The model shares no weights, a weight is NaN or infinite, another method works on its templates, or
-            an argument is out of range. The model is unchanged.
+        ValueError: The model shares no weights, a weight is NaN or infinite, a method is at work on it, or an argument
+            is out of range. The model is unchanged.
     """
     if threshold is not None and layers is not None:
         raise ValueError("fold: give threshold or layers, not both.")
@@ -115,6 +114,9 @@ def fold(
         raise ValueError(f"fold: layers must be a whole number above 0, got {layers!r}.")
     if space not in ("coefficients", "weights"):
         raise ValueError(f"fold: space must be 'coefficients' or 'weights', got {space!r}.")
+    found = at_work(model)
+    if found is not None:
+        raise ValueError(f"fold: {found[0]} is still at work on '{found[1]}'; finalize the training first.")
     refuse_not_finite("fold", model)
     prefix = bank_prefix(model)
     # What is mixed into templates, not layers, was folded before: only its users can be folded on.
@@ -125,9 +127,6 @@ def fold(
     }
     if not banks:
         raise ValueError(f"fold: {type(model).__name__} shares no weights: train it with SharingConfig first.")
-    for name, entry in banks.items():
-        if any(parametrize.is_parametrized(t, "weight") and sharing_of(t) is None for t in entry.bank):
-            raise ValueError(f"fold: another method works on the templates of '{name}'; finish the training first.")
     report = Folding(parameters_before=_parameters(model))
     labels: dict[str, list[int]] = {}
     plans: dict[str, _Plan] = {}

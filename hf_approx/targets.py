@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
@@ -15,10 +16,37 @@ from hf_approx.logs import get_logger
 Patterns = str | Sequence[str] | None
 
 DEFAULT_TYPES = (nn.Linear, Conv1D, nn.modules.conv._ConvNd)
+LATENTS = "hf_approx_latents"
+"""Attribute of a module: what is trained in the place of its parameters, by parameter, while methods work on it."""
 NOTABLE = 0.05
 """Share of the weights in blocks that may stay out of the default targets without a word."""
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that a method works on.
+
+    Attributes:
+        path: Name of the module in the model.
+        module: That holds it.
+        parameter: Its name there.
+    """
+
+    path: str
+    module: nn.Module
+    parameter: str = "weight"
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in the model."""
+        return f"{self.path}.{self.parameter}" if self.path else self.parameter
+
+    @property
+    def value(self) -> nn.Parameter:
+        """The parameter, as the model has it."""
+        return self.module.get_parameter(self.parameter)
 
 
 def matches(name: str, patterns: Patterns) -> bool:
@@ -135,6 +163,11 @@ def select_modules(
         more = f" So are {len(unfit) - 1} others that cannot be targets." if len(unfit) > 1 else ""
         logger.warning("%s It is left as it is.%s", next(iter(unfit.values())), more)
     return selected
+
+
+def select_targets(model: nn.Module, target_modules: Patterns = None, exclude: Patterns = None) -> dict[str, Target]:
+    """The weights of `select_modules`, by the names of the modules."""
+    return {name: Target(name, module) for name, module in select_modules(model, target_modules, exclude).items()}
 
 
 def _computes(module: nn.Module) -> bool:

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint.claims import guard, truthful
@@ -29,9 +28,10 @@ from hf_approx.modules.activation import ActivationQuantizer
 from hf_approx.modules.bank import sharing_of
 from hf_approx.staging import staged
 from hf_approx.structures import sizes_of
+from hf_approx.targets import LATENTS
 
 METHOD = "hf_approx_method"
-"""Attribute of the parametrizations that a method put on a model: its name."""
+"""Attribute of the modules that a method put into a model: its name."""
 
 _unfinished_allowed: ContextVar[bool] = ContextVar("unfinished_allowed", default=False)
 
@@ -47,16 +47,12 @@ def unfinished_allowed() -> Iterator[None]:
 
 
 def at_work(model: nn.Module) -> tuple[str, str] | None:
-    """A method that still computes a weight from what it trains, and the name of its first weight; None if none does.
-
-    Sharing lasts, and is left aside.
-    """
+    """A method that is at work on a model, and the name of the first thing it works on; None if none is."""
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for weight, parts in cast(nn.ModuleDict, module.parametrizations).items():
-                methods = [getattr(part, METHOD) for part in cast(nn.ModuleList, parts) if hasattr(part, METHOD)]
-                if methods:
-                    return methods[-1], f"{name}.{weight}"
+        for parameter, latent in (vars(module).get(LATENTS) or {}).items():
+            return latent.stages[-1].method, f"{name}.{parameter}"
+        if hasattr(module, METHOD):
+            return getattr(module, METHOD), name.rpartition(".")[0]
     return None
 
 

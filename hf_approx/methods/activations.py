@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.base import effective_weight
 from hf_approx.methods.noise import NoiseLaw, draw
 from hf_approx.methods.precision import initial_limit
 from hf_approx.modules.activation import NAME as INSTALLED
@@ -135,7 +134,7 @@ def install_noise(
         raise ValueError(f"SmolConfig: the inputs of '{taken[0]}' are quantized already; set no activations.")
     installed = {}
     for name, module in modules.items():
-        weight = effective_weight(module)
+        weight = module.get_parameter("weight")
         if isinstance(module, nn.modules.conv._ConvNd):
             features = module.in_channels
         else:

@@ -1,19 +1,19 @@
 """What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from hf_approx.checkpoint.saving import METHOD
-from hf_approx.finite import refuse_not_finite
+from hf_approx.finite import Named, refuse_not_finite
+from hf_approx.methods.latent import Latent, Stage, latent_for, latent_of, value_of
+from hf_approx.modules.bank import sharing_of
 from hf_approx.modules.sharded import is_sharded, reshard, whole
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import Patterns, refuse_adapters, select_modules
+from hf_approx.targets import Patterns, Target, refuse_adapters, select_targets
 
 HISTOGRAM_BINS = 20
 
@@ -63,16 +63,17 @@ def method_configs(approx: Any, where: str) -> list[MethodConfig]:
 
 
 class Method(ABC):
-    """A method at work on one model. It knows no trainer: any loop can drive it.
+    """A method at work on one model. `MethodStack` attaches it, drives it and bakes it.
 
-    Call `attach`, then before optimizer step k of K `on_step(k / (K - 1))`, add `penalty()` to the loss, call
-    `on_gradients()` once they are complete, and after the last step `finalize`.
-
-    Methods stack: each works on the weight that those attached before it compute, one at most of which sparsifies and
+    Methods stack: each works on the weight that those attached before it make, one at most of which sparsifies and
     the last of which may quantize. They bake in reverse order: the last bakes its whole stack, so all must be settled.
 
     Between `attach` and the first step the model may be sharded by `torch.distributed.fsdp.fully_shard`; it is then
     baked in a copy: see `hf_approx.methods.unsharding.Unsharded`.
+
+    Attributes:
+        targets: What it works on, by name without `.weight`.
+        stages: Its step on the way from trained to effective weights, by the same names.
     """
 
     name: str
@@ -82,14 +83,29 @@ class Method(ABC):
     """Whether the method computes weights from templates, which are what others may work on."""
 
     def __init__(self) -> None:
-        self.modules: dict[str, nn.Module] = {}
-        self.parametrizations: dict[str, nn.Module] = {}
+        self.targets: dict[str, Target] = {}
+        self.stages: dict[str, Stage] = {}
         self.root: nn.Module | None = None
         self.removed = 0
         self.grids: dict[str, Grid] = {}
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules that hold the targets, by the names of the targets."""
+        return {name: target.module for name, target in self.targets.items()}
+
+    @property
+    def target_names(self) -> list[str]:
+        """Names of what it works on, as a checkpoint must have them to go on from."""
+        return list(self.targets)
+
+    @property
+    def latents(self) -> list[Latent]:
+        """What is trained in the place of the targets, in the model's order."""
+        return [latent for target in self.targets.values() if (latent := latent_of(target)) is not None]
+
     def attach(self, model: nn.Module, earlier: Sequence["Method"] = ()) -> None:
-        """Parametrize the target weights. The model is unchanged if this raises.
+        """Start to work on the targets. The model is unchanged if this raises.
 
         Args:
             model: To work on.
@@ -101,19 +117,19 @@ class Method(ABC):
         self._check_company(model, earlier)
         refuse_adapters(model)
         selected = self.select(model)
-        refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in selected.items()))
-        for name, module in selected.items():
-            self._check_stack(name, module, earlier)
+        refuse_not_finite(self.name, ((target.name, value_of(target)) for target in selected.values()))
+        for name, target in selected.items():
+            self._check_stack(name, target, earlier)
         self.check(list(selected))
-        self.parametrizations = {name: self.parametrization(name, module) for name, module in selected.items()}
-        for name, module in selected.items():
-            setattr(self.parametrizations[name], METHOD, self.name)
-            parametrize.register_parametrization(module, "weight", self.parametrizations[name])
-        self.modules, self.root = selected, model
+        stages = {name: self.stage(name, target) for name, target in selected.items()}
+        for name, target in selected.items():
+            stages[name].method = self.name
+            latent_for(target).add(stages[name])
+        self.targets, self.stages, self.root = selected, stages, model
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The modules to work on, by name."""
-        return select_modules(model, self.config.target_modules, self.config.exclude)
+    def select(self, model: nn.Module) -> dict[str, Target]:
+        """The parameters to work on, by name without `.weight`."""
+        return select_targets(model, self.config.target_modules, self.config.exclude)
 
     def _check_company(self, model: nn.Module, earlier: Sequence["Method"]) -> None:
         """Raise `ValueError` if the model is sharded, or the methods of a run do not go together."""
@@ -128,14 +144,15 @@ class Method(ABC):
         if resizing and any(method.shares for method in several):
             raise ValueError(f"{resizing[0]} removes whole units at the end; share weights in another run.")
 
-    def _check_stack(self, name: str, module: nn.Module, earlier: Sequence["Method"]) -> None:
-        if not parametrize.is_parametrized(module, "weight"):
-            return
-        below = [method for method in earlier if method.modules.get(name) is module]
-        if len(below) != len(parametrizations(module)):
-            raise ValueError(f"'{name}' is already parametrized by another method.")
-        if below[-1].shares:
+    def _check_stack(self, name: str, target: Target, earlier: Sequence["Method"]) -> None:
+        if sharing_of(target.module) is not None:
             raise ValueError(f"'{name}' is mixed from templates; target those, in hf_approx_banks, instead.")
+        latent = latent_of(target)
+        if latent is None:
+            return
+        below = [method for method in earlier if method.stages.get(name) in latent.stages]
+        if len(below) != len(latent.stages):
+            raise ValueError(f"Another method works on '{name}' already; add it to exclude.")
         if below[-1].quantizes:
             raise ValueError(f"'{name}' is already quantized by {below[-1].name}; quantize once, as the last method.")
         if not self.quantizes:
@@ -152,8 +169,8 @@ class Method(ABC):
         """The config that built this object."""
 
     @abstractmethod
-    def parametrization(self, name: str, module: nn.Module) -> nn.Module:
-        """The module that turns the trained weight of a target into the weight it computes with."""
+    def stage(self, name: str, target: Target) -> Stage:
+        """The step from what a target is now to what it is to be."""
 
     @abstractmethod
     def on_step(self, progress: float) -> None:
@@ -181,11 +198,15 @@ class Method(ABC):
         """
         return False
 
-    def on_gradients(self) -> None:
-        """Complete the gradients of a step, before the optimizer uses them."""
+    def on_gradients(self, scale: float = 1.0) -> None:
+        """Complete the gradients of a step, before the optimizer uses them.
+
+        Args:
+            scale: What all gradients are multiplied by, as a GradScaler does.
+        """
 
     def penalty(self) -> Tensor | None:
-        """Scalar to add to the loss of a batch, or None."""
+        """Scalar, differentiable in what the method trains, that is added to the loss of a step; None for none."""
         return None
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -238,15 +259,11 @@ class Method(ABC):
 
     def detach(self) -> None:
         """Take the method off again; without any other, every weight is what the optimizer trained, unmasked."""
-        for name, module in self.modules.items():
-            stack = parametrizations(module)
-            if len(stack) > 1:
-                del stack[list(stack).index(self.parametrizations[name])]
-                continue
-            weight = trained_weight(module).clone()
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            module.get_parameter("weight").data.copy_(weight)
-        self.modules, self.parametrizations = {}, {}
+        for name, target in self.targets.items():
+            latent = latent_of(target)
+            if latent is not None:
+                latent.remove(self.stages[name])
+        self.targets, self.stages = {}, {}
 
     def finalize(self) -> list[str]:
         """Bake the method into plain weights; returns the names of the parameters it compressed.
@@ -277,26 +294,30 @@ class Method(ABC):
         return names
 
     def bake(self) -> list[str]:
-        """Leave plain weights in the place of the parametrized ones; returns the names of those compressed."""
+        """Leave weights that need no method any more; returns the names of those compressed."""
         self.refuse_diverged()
         if not self.is_final:
             self.settle()
-        with torch.no_grad():
-            refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in self.modules.items()))
-        for module in self.modules.values():
-            if not parametrize.is_parametrized(module, "weight"):
-                continue  # baked by a later method of the stack
-            with torch.no_grad():
-                weight = effective_weight(module).clone()
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            # A pruned weight is +0.0, never -0.0, so that packing loses no bit.
-            module.get_parameter("weight").data.copy_(torch.where(weight == 0, torch.zeros_like(weight), weight))
-        return [f"{name}.weight" for name in self.modules]
+        values = ((target.name, value_of(target)) for target in self.targets.values())
+        refuse_not_finite(self.name, values)
+        for target in self.targets.values():
+            latent = latent_of(target)
+            if latent is not None:  # else a later method of the stack has baked it
+                weight = value_of(target)
+                # A pruned weight is +0.0, never -0.0, so that packing loses no bit.
+                latent.release(torch.where(weight == 0, torch.zeros_like(weight), weight))
+        return [target.name for target in self.targets.values()]
 
     def refuse_diverged(self) -> None:
         """Raise `NotFiniteError` if anything in the model is NaN, or infinite where it must not be."""
         if self.root is not None:
             refuse_not_finite(self.name, self.root)
+        refuse_not_finite(self.name, self.learned())
+
+    def learned(self) -> Iterator[Named]:
+        """What is trained in the place of the targets, and whether it may be infinite."""
+        for latent in self.latents:
+            yield from latent.finite_parts()
 
     def histogram(self) -> list[int] | None:
         """Counts of the mask values in `HISTOGRAM_BINS` bins from 0 to 1, for methods with soft masks."""
@@ -316,32 +337,8 @@ class Method(ABC):
         """Restore what `state_dict` returned."""
 
 
-def parametrizations(module: nn.Module) -> parametrize.ParametrizationList:
-    """What turns the trained weight of a module into the one it computes with, in order."""
-    return cast(parametrize.ParametrizationList, module.get_submodule("parametrizations.weight"))
-
-
-def incoming_weight(module: nn.Module, parametrization: nn.Module) -> Tensor:
-    """The weight that one parametrization of the stack is given; whole, of a sharded model too."""
-    weight = whole(trained_weight(module))
+def incoming(target: Target, stage: Stage) -> Tensor:
+    """The weight that a stage is given; whole, of a sharded model too."""
+    latent = cast(Latent, latent_of(target))
     with torch.no_grad():
-        for earlier in parametrizations(module):
-            if earlier is parametrization:
-                break
-            weight = earlier(weight)
-    return weight
-
-
-def effective_weight(module: nn.Module) -> Tensor:
-    """The weight the layer computes with, parametrizations applied."""
-    return cast(Tensor, module.weight).detach()
-
-
-def trained_weight(module: nn.Module) -> Tensor:
-    """The weight the optimizer trains, before any parametrization."""
-    return trained_parameter(module).detach()
-
-
-def trained_parameter(module: nn.Module) -> nn.Parameter:
-    """The same, as the parameter it is."""
-    return module.get_parameter("parametrizations.weight.original")
+        return whole(latent.before(stage))

@@ -11,7 +11,7 @@ from hf_approx.finite import NotFiniteError
 from hf_approx.modules.sharded import by_piece, every, piece, totals
 from hf_approx.targets import matches
 
-Target = float | dict[str, float]
+Sparsity = float | dict[str, float]
 """A sparsity for all targets together, or one for each pattern (a name or its ending; the first match counts)."""
 
 Scope = Literal["global", "layer"]
@@ -23,7 +23,7 @@ def check_fraction(where: str, name: str, value: float, low: float = 0.0, high: 
         raise ValueError(f"{where}: {name} must be between {low:g} and {high:g}, got {value!r}.")
 
 
-def check_target(where: str, target: Target) -> None:
+def check_target(where: str, target: Sparsity) -> None:
     """Raise `ValueError` unless every sparsity is a fraction."""
     if not isinstance(target, Mapping):
         check_fraction(where, "target_sparsity", target)
@@ -42,7 +42,7 @@ class Group:
     target: float
 
 
-def plan(names: Sequence[str], target: Target, scope: Scope, field: str = "target_sparsity") -> list[Group]:
+def plan(names: Sequence[str], target: Sparsity, scope: Scope, field: str = "target_sparsity") -> list[Group]:
     """The groups of a method's modules, by their positions in `names`.
 
     Args:

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hf_approx.blocks import Blocks
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import check_fraction
-from hf_approx.methods.masks import SigmoidMask
+from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.sparsification import ContinuousSparsification
 from hf_approx.methods.sparsification_config import SparsificationConfig
 
@@ -69,9 +70,9 @@ class LayerDropping(ContinuousSparsification):
         super().attach(model, earlier)
         self.settle()
 
-    def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
+    def block_mask(self, blocks: Blocks) -> BlockMask:
         """Scores in the order in which layers stay."""
-        mask = super().parametrization(name, module)
+        mask = super().block_mask(blocks)
         count = mask.scores.numel()
         order = list(range(count))
         if self._own_config.order == "alternate":

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
-from hf_approx.methods.base import MethodConfig, incoming_weight
+from hf_approx.methods.base import MethodConfig, incoming
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, reduce, stored
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import matches
+from hf_approx.targets import Target, matches
 
 
 @dataclass
@@ -53,7 +53,7 @@ class FixedPrecision(GridMethod):
         """The config that built this object."""
         return self._config
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
+    def select(self, model: nn.Module) -> dict[str, Target]:
         """The modules whose weight has a grid; by default all of them."""
         patterns, quantizer = self._config.target_modules, getattr(model, "hf_quantizer", None)
         packed = isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer)
@@ -69,11 +69,11 @@ class FixedPrecision(GridMethod):
                 f"FixedPrecisionConfig: {type(model).__name__} has no quantized weight to train; load a quantized "
                 "model, or quantize with SmolConfig."
             )
-        return {name: model.get_submodule(name) for name in self._found}
+        return {name: Target(name, model.get_submodule(name)) for name in self._found}
 
-    def parametrization(self, name: str, module: nn.Module) -> GridWeight:
+    def stage(self, name: str, target: Target) -> GridWeight:
         """The grid that the weight is on."""
-        weight = module.get_parameter("weight")
+        weight = target.value
         grid = self._found[name].to(weight.device)
         scale = grid.scale.float()
         # Of a model that was packed in another dtype the scales stay as they are, or its weights would change.
@@ -82,7 +82,7 @@ class FixedPrecision(GridMethod):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scales, if they are trained."""
-        scales = [cast(GridWeight, p).log_scale for p in self.parametrizations.values()]
+        scales = [cast(GridWeight, stage).log_scale for stage in self.stages.values()]
         return [{"params": scales, "lr": self._config.scale_lr}] if self._config.train_scale else []
 
     def on_step(self, progress: float) -> None:
@@ -100,9 +100,9 @@ class FixedPrecision(GridMethod):
     def metrics(self) -> dict[str, float]:
         """Average bits of the weights that are not zero."""
         kept = spent = 0.0
-        for name, rounding in self.parametrizations.items():
+        for name, rounding in self.stages.items():
             bits = cast(GridWeight, rounding).bits
-            counts = reduce((incoming_weight(self.modules[name], rounding) != 0).float(), bits.shape)
+            counts = reduce((incoming(self.targets[name], rounding) != 0).float(), bits.shape)
             kept += float(counts.sum())
             spent += float((counts * bits).sum())
         return {"bits": spent / max(kept, 1.0)}

@@ -7,14 +7,14 @@ from hf_approx.methods.rounding import GridWeight, baked_grid
 
 
 class GridMethod(Method):
-    """A method whose parametrizations are all `GridWeight`."""
+    """A method whose stages are all `GridWeight`."""
 
     quantizes = True
 
     def bake(self) -> list[str]:
         """Leave weights on their grids, which are then in `grids`."""
         names = super().bake()
-        for name, rounding in self.parametrizations.items():
-            weight = self.modules[name].get_parameter("weight").detach()
-            self.grids[f"{name}.weight"] = baked_grid(weight, cast(GridWeight, rounding).grid)
+        for name, rounding in self.stages.items():
+            target = self.targets[name]
+            self.grids[target.name] = baked_grid(target.value.detach(), cast(GridWeight, rounding).grid)
         return names

@@ -1,14 +1,16 @@
 """Masks on whole Transformer blocks."""
 
-from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.hooks import RemovableHandle
 
+from hf_approx.blocks import Blocks
 from hf_approx.methods.masks import SigmoidMask
+
+NAME = "hf_approx_layer_mask"
+"""The submodule, of what holds the list of blocks, that masks them."""
 
 
 class BlockMask(SigmoidMask):
@@ -18,22 +20,28 @@ class BlockMask(SigmoidMask):
     changes nothing; with a mask of one it is what it was. (Masks on what its branches add would leave the norms
     after them in place, in blocks like BERT's.)
 
-    The mask is a parametrization of a weight that it leaves as it is. There its scores are in the model like those
-    of any other mask: saved, resumed, shared out over processes, and refused by whoever takes the checkpoint of
-    unfinished training for a model.
+    It works on what blocks compute, not on weights, so it is a module beside the blocks, and its scores are trained,
+    saved and shared out over processes like any parameter of the model.
     """
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight."""
-        return weight
-
-    def install(self, blocks: Iterable[nn.Module]) -> list[RemovableHandle]:
-        """Mask the blocks until the handles are removed."""
+    def install(self, model: nn.Module, blocks: Blocks) -> None:
+        """Mask the blocks."""
+        parent, _, last = blocks.name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, NAME, self)
+        layers = cast(nn.ModuleList, owner.get_submodule(last))
         # Before any other hook, so that what is recorded as a hidden state is what the next block gets.
-        return [
+        self._hooks = [
             block.register_forward_hook(partial(_blend, self, i), with_kwargs=True, prepend=True)
-            for i, block in enumerate(blocks)
+            for i, block in enumerate(layers)
         ]
+        self._owner = (owner,)
+
+    def uninstall(self) -> None:
+        """Undo that."""
+        for hook in self._hooks:
+            hook.remove()
+        delattr(self._owner[0], NAME)
 
 
 def _blend(

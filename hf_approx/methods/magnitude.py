@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_approx.finite import refuse_not_finite
-from hf_approx.methods.base import Method, MethodConfig, trained_weight
-from hf_approx.methods.budget import Group, Scope, Target, check_fraction, check_target, plan, top_masks
+from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.budget import Group, Scope, Sparsity, check_fraction, check_target, plan, top_masks
+from hf_approx.methods.latent import Stage
 from hf_approx.modules.sharded import joined
+from hf_approx.targets import Target
 
 
 @dataclass
@@ -23,7 +25,7 @@ class MagnitudePruningConfig(MethodConfig):
         ValueError: A value is out of range.
     """
 
-    target_sparsity: Target = field(
+    target_sparsity: Sparsity = field(
         default=0.9, metadata={"help": "Fraction of weights removed at the end, over all targets or by pattern."}
     )
     ramp_fraction: float = field(
@@ -56,7 +58,7 @@ class MagnitudePruningConfig(MethodConfig):
         return MagnitudePruning(self)
 
 
-class BinaryMask(nn.Module):
+class BinaryMask(Stage):
     """w -> mask * w."""
 
     mask: Tensor
@@ -88,15 +90,15 @@ class MagnitudePruning(Method):
 
     @property
     def _masks(self) -> list[Tensor]:
-        return [cast(BinaryMask, p).mask for p in self.parametrizations.values()]
+        return [cast(BinaryMask, stage).mask for stage in self.stages.values()]
 
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         plan(names, self._config.target_sparsity, self._config.scope)
 
-    def parametrization(self, name: str, module: nn.Module) -> BinaryMask:
+    def stage(self, name: str, target: Target) -> BinaryMask:
         """A mask of ones."""
-        return BinaryMask(module.get_parameter("weight"))
+        return BinaryMask(target.value)
 
     def on_step(self, progress: float) -> None:
         """Raise the sparsity along the ramp; fix the mask at its end."""
@@ -114,7 +116,7 @@ class MagnitudePruning(Method):
 
         After round r of R, counted from 0, the density is d^((r + 1) / R).
         """
-        groups = plan(list(self.modules), self._config.target_sparsity, self._config.scope)
+        groups = plan(list(self.targets), self._config.target_sparsity, self._config.scope)
         now = [Group(g.members, 1 - (1 - g.target) ** ((round_ + 1) / rounds)) for g in groups]
         # Weights that are gone rank last, whatever the optimizer made of them since.
         order = [order * mask for order, mask in zip(self._order(), self._masks, strict=True)]
@@ -133,15 +135,15 @@ class MagnitudePruning(Method):
     @torch.no_grad()
     def _prune(self, fraction: float) -> None:
         self.reshard()
-        groups, order = plan(list(self.modules), self._config.target_sparsity, self._config.scope), self._order()
+        groups, order = plan(list(self.targets), self._config.target_sparsity, self._config.scope), self._order()
         for buffer, mask, like in zip(self._masks, top_masks(order, groups, fraction), order, strict=True):
             buffer.copy_(joined(mask, like))
 
     def _order(self) -> list[Tensor]:
-        weights = [trained_weight(module) for module in self.modules.values()]
+        weights = [latent.weight.detach() for latent in self.latents]
         if self._config.criterion == "magnitude":
             # A weight that is NaN would rank above all others, and one such layer take the place of all the rest.
-            refuse_not_finite(self.name, zip((f"{name}.weight" for name in self.modules), weights, strict=True))
+            refuse_not_finite(self.name, zip((f"{name}.weight" for name in self.targets), weights, strict=True))
             return [weight.abs() for weight in weights]
         generator = torch.Generator().manual_seed(self._config.seed)
         return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from hf_approx.methods.latent import Stage
 from hf_approx.modules.sharded import whole
 from hf_approx.structures import Side, feature_dim
 
@@ -73,7 +74,7 @@ def in_fours(layer: nn.Module, scores: Tensor) -> Tensor:
     return rows.unflatten(1, (-1, 4))
 
 
-class SigmoidMask(nn.Module):
+class SigmoidMask(Stage):
     """w -> sigmoid(temperature * scores) * scale * w, with zero for any sigmoid up to `FLOOR`.
 
     Scores of plus or minus infinity give exactly one and zero and no gradient: that is the hard mask.

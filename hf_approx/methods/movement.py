@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
-from hf_approx.methods.budget import Target, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
+from hf_approx.methods.budget import Sparsity, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
+from hf_approx.methods.latent import Stage
 from hf_approx.modules.sharded import piece, totals, whole
+from hf_approx.targets import Target
 
 
 @dataclass
@@ -25,7 +27,7 @@ class MovementPruningConfig(MethodConfig):
         ValueError: A value is out of range.
     """
 
-    target_sparsity: Target = field(
+    target_sparsity: Sparsity = field(
         default=0.9, metadata={"help": "Fraction of weights removed at the end, over all targets or by pattern."}
     )
     mode: Literal["top_k", "soft"] = field(
@@ -58,7 +60,7 @@ class MovementPruningConfig(MethodConfig):
         return MovementPruning(self)
 
 
-class MovementMask(nn.Module):
+class MovementMask(Stage):
     """w -> 1[score >= threshold] * w, with the gradient of the mask passed to the score as it is.
 
     Infinite scores are settled: they pass no gradient.
@@ -99,17 +101,17 @@ class MovementPruning(Method):
     @property
     def masks(self) -> list[MovementMask]:
         """The mask of every target, in the model's order."""
-        return [cast(MovementMask, p) for p in self.parametrizations.values()]
+        return [cast(MovementMask, stage) for stage in self.stages.values()]
 
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         plan(names, self._config.target_sparsity, "global")
 
-    def parametrization(self, name: str, module: nn.Module) -> MovementMask:
+    def stage(self, name: str, target: Target) -> MovementMask:
         """A mask of ones: all scores start at zero, above the threshold."""
         t = self._config.threshold
         start = -math.inf if self._config.mode == "top_k" else min(math.log(t / (1 - t)), -1e-6)
-        return MovementMask(module.get_parameter("weight"), start)
+        return MovementMask(target.value, start)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scores, at the mask learning rate."""
@@ -133,7 +135,7 @@ class MovementPruning(Method):
             self.settle()
         elif self._config.mode == "top_k":
             masks = self.masks
-            for group in plan(list(self.modules), self._config.target_sparsity, "global"):
+            for group in plan(list(self.targets), self._config.target_sparsity, "global"):
                 wanted = cubic_ramp(progress / ramp, group.target)
                 if wanted > 0:
                     value = threshold([masks[i].scores for i in group.members], wanted)
@@ -145,9 +147,9 @@ class MovementPruning(Method):
         """Keep the top scores and fix that mask."""
         if not self._settled:
             scores = (mask.scores for mask in self.masks)
-            refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.modules), scores, strict=True))
+            refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.targets), scores, strict=True))
         self.reshard()
-        groups = plan(list(self.modules), self._config.target_sparsity, "global")
+        groups = plan(list(self.targets), self._config.target_sparsity, "global")
         for mask, keep in zip(self.masks, top_masks([m.scores for m in self.masks], groups), strict=True):
             piece(mask.scores).copy_(torch.where(keep, math.inf, -math.inf))
             mask.threshold.zero_()

@@ -45,6 +45,7 @@ class NoisyWeight(GridWeight):
     """
 
     curvature: Tensor
+    noisy = True
 
     def __init__(
         self,
@@ -70,11 +71,6 @@ class NoisyWeight(GridWeight):
             return super().bound()
         return joint_product(2 - torch.sigmoid(whole(self.limits.detach())), self.scale)
 
-    @torch.compiler.disable
-    def _draw(self, weight: Tensor) -> Tensor:
-        # A compiler would take the step for a constant, and cannot trace generators.
-        return draw(weight.shape, (self.seed, self.step, self.index), self.law, weight.device)
-
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         if self.frozen:
@@ -88,6 +84,6 @@ class NoisyWeight(GridWeight):
             value = weight.clamp(-wide, wide)
             if self.training:
                 size = joint_product(torch.sigmoid(self.limits), self.scale)
-                noise = self._draw(weight).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
+                noise = draw(weight.shape, (self.seed, self.step, self.index), self.law, weight.device).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
                 value.add_(noise.to(weight.dtype))
         return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, self.limits, True))

@@ -144,8 +144,10 @@ class Budget:
         return max(self.pull / self.weight, 0.0) if self.weight > 0 else 0.0
 
     @torch.no_grad()
-    def balance(self) -> None:
+    def balance(self, scale: float = 1.0) -> None:
         """Add the gradient of the penalty to that of the limits, with the multiplier solved for.
+
+        The gradients are `scale` times what they are.
 
         Without it Adam, which makes all gradients equally large, would lower precisions that should rise.
         """
@@ -156,18 +158,20 @@ class Budget:
         slopes = [
             piece_of(n, s) * torch.sigmoid(-piece(s)) / math.log(2) for s, n in zip(limits, self.sizes, strict=True)
         ]
-        pull = totals([grad.sum(dtype=torch.float64) for grad in grads], limits).sum()
+        pull = totals([grad.sum(dtype=torch.float64) for grad in grads], limits).sum() / scale
         weight = totals([slope.sum(dtype=torch.float64) for slope in slopes], limits).sum()
         if not bool(pull.isfinite()):
             return
         self.pull = MEMORY * self.pull + (1 - MEMORY) * float(pull)
         self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
         for grad, slope in zip(grads, slopes, strict=True):
-            grad.sub_(slope * self.multiplier)
+            grad.sub_(slope * (self.multiplier * scale))
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self, scale: float = 1.0) -> None:
         """Add to what is known of how sensitive the loss is to each limit: the mean squared gradient of its weights.
+
+        The gradients are `scale` times what they are.
 
         The gradient of a limit is a sum over its weights of gradient times independent noise, so its square says it.
         """
@@ -176,7 +180,7 @@ class Budget:
             if grad is not None:
                 s = whole(noise.limits)
                 size = torch.sigmoid(s) * torch.sigmoid(-s)
-                noise.curvature.add_((whole(grad) / size).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+                noise.curvature.add_((whole(grad) / (size * scale)).square_().nan_to_num(0.0, 0.0, 0.0) / n)
 
     @torch.no_grad()
     def spread(self) -> None:

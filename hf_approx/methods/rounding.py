@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from hf_approx.methods.latent import Stage
 from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid, expand, round_to_grid
 from hf_approx.structures import feature_dim
@@ -124,7 +125,7 @@ class StraightThrough(torch.autograd.Function):
         return of_weight, None, None, of_scale, of_limits, None
 
 
-class GridWeight(nn.Module):
+class GridWeight(Stage):
     """w -> the nearest weight on the grid, with a straight-through gradient.
 
     Args:

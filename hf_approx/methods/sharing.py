@@ -13,27 +13,31 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_approx.finite import refuse_not_finite
-from hf_approx.methods.base import Method, MethodConfig, effective_weight
+from hf_approx.methods.base import Method, MethodConfig
+from hf_approx.methods.latent import Latent, Stage, hold, latent_of
 from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
 from hf_approx.modules.bank import (
     SharedLayers,
-    SharedWeight,
     TemplateBank,
+    bank_prefix,
     banks_of,
     coefficients_of,
     set_banks,
     share,
     shared_layers,
+    sharing_of,
     template_names,
-    unshare,
 )
 from hf_approx.packing import is_bank_name
-from hf_approx.targets import refuse_adapters, select_modules
+from hf_approx.targets import Target, refuse_adapters, select_modules
+
+
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+"""Attribute of a model where `DistributedDataParallel` looks for names of parameters that are none of its business."""
 
 
 @dataclass
@@ -135,7 +139,7 @@ class SoftSharing(Method):
         super().__init__()
         self._config = config
         self.banks: dict[str, list[str]] = {}
-        self._dense: dict[str, nn.Parameter] = {}
+        self._dense: dict[str, Tensor] = {}
         self._strength = 0.0
 
     @property
@@ -152,30 +156,33 @@ class SoftSharing(Method):
         refuse_not_finite(self.name, ((name, module.get_parameter("weight")) for name, module in targets.items()))
         self.model = self.root = model
         self.banks = {name: list(modules) for name, modules in banks.items()}
-        self.modules = {name: model.get_submodule(name) for name in _in_order(model, banks)}
+        self.targets = {name: Target(name, model.get_submodule(name)) for name in _in_order(model, banks)}
         new = {}
         for name, modules in banks.items():
             weights = [module.get_parameter("weight") for module in modules.values()]
             templates, coefficients = self._start(list(modules.values()), sizes[name])
             trained = any(weight.requires_grad for weight in weights)
             new[name] = TemplateBank(templates, trained)
-            for (layer, module), weight, row in zip(modules.items(), weights, coefficients, strict=True):
+            for layer, weight, row in zip(modules, weights, coefficients, strict=True):
                 # Kept until training starts: `detach` can then undo the approximation.
-                self._dense[layer] = weight
-                share(module, new[name], row.to(weight), trained and self._config.coefficients == "trained")
+                self._dense[layer] = weight.detach().clone()
+                row = nn.Parameter(row.to(weight).contiguous(), trained and self._config.coefficients == "trained")
+                self.stages[layer] = hold(Mixing(self.targets[layer], new[name], row)).stages[0]
         set_banks(model, {**banks_of(model), **new})
+        # The forward pass goes by them, so no gradient of theirs is there to be waited for.
+        ignored = (f"{bank_prefix(model)}{name}.{k}.weight" for name, bank in new.items() for k in range(len(bank)))
+        vars(model)[DDP_IGNORES] = [*vars(model).get(DDP_IGNORES, ()), *ignored]
 
-    def parametrization(self, name: str, module: nn.Module) -> SharedWeight:
-        """The mix of the templates of the module's bank."""
-        bank = next(bank for bank, layers in self.banks.items() if name in layers)
-        return SharedWeight(banks_of(self.model)[bank])
+    def stage(self, name: str, target: Target) -> Stage:
+        """The mix of the templates of its bank."""
+        return self.stages[name]
 
     def _plan(self, model: nn.Module) -> tuple[dict[str, dict[str, nn.Module]], dict[str, int]]:
         """The modules and the number of templates of every bank; raises `ValueError` for what cannot be shared."""
         config = self._config
         if config.groups is None:
-            selected = self.select(model)
-            _refuse_parametrized(selected)
+            selected = {name: target.module for name, target in self.select(model).items()}
+            _refuse_taken(selected)
             banks = group_by_kind(model, selected)
             if not banks:
                 raise ValueError("SharingConfig: no two target modules are of one kind, so there is nothing to share.")
@@ -183,7 +190,7 @@ class SoftSharing(Method):
             banks = {name: select_modules(model, p, config.exclude) for name, p in config.groups.items()}
             taken: dict[str, str] = {}
             for name, modules in banks.items():
-                _refuse_parametrized(modules)
+                _refuse_taken(modules)
                 _check_group(name, modules)
                 for layer in modules:
                     if layer in taken:
@@ -280,27 +287,81 @@ class SoftSharing(Method):
     @property
     def _own(self) -> dict[str, SharedLayers]:
         """The banks that its layers use now: folding may have replaced the ones it made."""
-        return {n: e for n, e in shared_layers(self.model).items() if not self.modules.keys().isdisjoint(e.layers)}
+        return {n: e for n, e in shared_layers(self.model).items() if not self.targets.keys().isdisjoint(e.layers)}
 
     def _matrices(self, space: Space) -> dict[str, Tensor]:
         return {name: similarity_of(entry, space) for name, entry in self._own.items()}
 
     def detach(self) -> None:
         """Give every layer a weight of its own: the one it had if training has not started, else the mix."""
-        for name, module in self.modules.items():
-            unshare(module)
-            if name in self._dense:
-                module.register_parameter("weight", self._dense[name])
+        for name, target in self.targets.items():
+            latent = latent_of(target)
+            if latent is not None:
+                latent.release(self._dense[name] if name in self._dense else latent.before())
         set_banks(self.model, {name: b for name, b in banks_of(self.model).items() if name not in self.banks})
-        self.modules, self.banks, self._dense = {}, {}, {}
+        vars(self.model).pop(DDP_IGNORES, None)
+        self.targets, self.stages, self.banks, self._dense = {}, {}, {}, {}
 
     def bake(self) -> list[str]:
         """Leave the weights shared; returns the names of the templates."""
         self.refuse_diverged()
-        with torch.no_grad():
-            refuse_not_finite(self.name, ((f"{name}.weight", effective_weight(m)) for name, m in self.modules.items()))
         self._dense = {}
+        vars(self.model).pop(DDP_IGNORES, None)
+        for target in self.targets.values():
+            latent = latent_of(target)
+            if isinstance(latent, Mixing):
+                latent.release(target.value)
+                share(target.module, latent.bank, latent.weight.detach(), latent.weight.requires_grad)
         return template_names(self.model)
+
+
+class Mixing(Latent):
+    """The coefficients of a layer, which are what is trained in the place of its weight.
+
+    Args:
+        target: The layer's weight.
+        bank: The templates it is mixed from.
+        coefficients: Shape (templates,).
+    """
+
+    mixes = True
+
+    def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
+        self.bank, self._own = bank, coefficients
+        super().__init__(target)
+        stage = Stage()
+        stage.method = SoftSharing.name
+        self.add(stage)
+
+    def start(self) -> nn.Parameter:
+        """The coefficients."""
+        return self._own
+
+    def before(self, stage: Stage | None = None) -> Tensor:
+        """The mix."""
+        return self.bank.mix(self.weight)
+
+    def write(self, bare: bool = False) -> None:
+        """Mix again; a bare layer is what it is mixed to."""
+        super().write()
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Gradients of the coefficients, and of the templates as the model has them."""
+        grad, self.effective.grad = self.effective.grad, None
+        if grad is None:
+            return
+        self.follow()
+        own = []
+        for factor, template in zip(self.weight.detach(), self.bank, strict=True):
+            weight = template.get_parameter("weight")
+            there = grad.to(weight.device)
+            own.append((there * weight).sum().to(factor))
+            if weight.requires_grad:
+                weight.grad = there * factor if weight.grad is None else weight.grad.addcmul_(there, factor)
+        if self.weight.requires_grad:
+            row = torch.stack(own)
+            self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
 
 
 def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:
@@ -400,7 +461,7 @@ def _in_order(model: nn.Module, banks: Mapping[str, Mapping[str, nn.Module]]) ->
     return [name for name, _ in model.named_modules() if name in chosen]
 
 
-def _refuse_parametrized(modules: Mapping[str, nn.Module]) -> None:
+def _refuse_taken(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
-        if parametrize.is_parametrized(module, "weight"):
-            raise ValueError(f"'{name}' is already parametrized by another method; add it to exclude.")
+        if latent_of(Target(name, module)) is not None or sharing_of(module) is not None:
+            raise ValueError(f"Another method works on '{name}' already, or it shares its weight; add it to exclude.")

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
-from hf_approx.methods.base import Method, effective_weight, incoming_weight, trained_parameter, trained_weight
+from hf_approx.methods.base import Method, incoming
 from hf_approx.methods.budget import cubic_ramp, plan
 from hf_approx.methods.grids import GridMethod
+from hf_approx.methods.latent import value_of
 from hf_approx.methods.noise import NoisyWeight
 from hf_approx.methods.precision import TOLERANCE, Budget, map_entropy, precision, steer
 from hf_approx.methods.rounding import (
@@ -33,7 +34,7 @@ from hf_approx.methods.smol_config import SmolConfig
 from hf_approx.modules.activation import install, uninstall
 from hf_approx.modules.sharded import piece, piece_of, whole, write
 from hf_approx.packing.grid import MAX_BITS, expand
-from hf_approx.targets import matches
+from hf_approx.targets import Target, matches
 
 logger = get_logger(__name__)
 
@@ -73,8 +74,8 @@ class Smol(GridMethod):
 
     @property
     def noises(self) -> list[NoisyWeight]:
-        """The parametrization of every target, in the model's order."""
-        return [cast(NoisyWeight, p) for p in self.parametrizations.values()]
+        """The noise of every target, in the model's order."""
+        return [cast(NoisyWeight, stage) for stage in self.stages.values()]
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """As of `Method`; also quantizes the inputs of the targets, if the config says so."""
@@ -108,8 +109,7 @@ class Smol(GridMethod):
             self.detach()
             raise
         if not config.train_weights:
-            weights = [trained_parameter(module) for module in self.modules.values()]
-            self._frozen = [weight for weight in weights if weight.requires_grad]
+            self._frozen = [latent.weight for latent in self.latents if latent.weight.requires_grad]
             for weight in self._frozen:
                 weight.requires_grad_(False)
 
@@ -118,18 +118,18 @@ class Smol(GridMethod):
         if self._config.target_bits is not None:
             plan(names, self._config.target_bits, "global", "target_bits")
 
-    def parametrization(self, name: str, module: nn.Module) -> NoisyWeight:
+    def stage(self, name: str, target: Target) -> NoisyWeight:
         """Noise at the initial precision, with scales that fit the final one."""
-        config, weight = self._config, effective_weight(module)
+        config, weight, module = self._config, value_of(target), target.module
         parts = parts_shape(module, weight.shape, config.granularity, config.group_size)
         scales = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
-        target = self._target(name)
-        initial = config.initial_bits if target is None else max(config.initial_bits, target)
-        bits = torch.full([1] * weight.dim(), round(target or initial), dtype=torch.uint8, device=weight.device)
+        wanted = self._wanted(name)
+        initial = config.initial_bits if wanted is None else max(config.initial_bits, wanted)
+        bits = torch.full([1] * weight.dim(), round(wanted or initial), dtype=torch.uint8, device=weight.device)
         scale = fit_scale(weight, bits, scales) if self._trains else torch.ones(scales, device=weight.device)
         return NoisyWeight(parts, scale, config.train_scale, initial, config.noise, config.seed, weight.dtype)
 
-    def _target(self, name: str) -> float | None:
+    def _wanted(self, name: str) -> float | None:
         target = self._config.target_bits
         if isinstance(target, Mapping):
             return next(bits for pattern, bits in target.items() if matches(name, [pattern]))
@@ -141,7 +141,7 @@ class Smol(GridMethod):
         makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
         for index, maker in enumerate(makers, self._first):
             maker.index = index
-        shapes = [effective_weight(module).shape for module in self.modules.values()]
+        shapes = [target.value.shape for target in self.targets.values()]
         sizes = [governed(shape, p.bits.shape) for shape, p in zip(shapes, noises, strict=True)]
         for members, target in self._groups():
             budget = Budget([noises[i] for i in members], [sizes[i] for i in members], target, config.bits)
@@ -158,8 +158,8 @@ class Smol(GridMethod):
         """Which modules share a target, and that target."""
         target = self._config.target_bits
         if target is None:
-            return [(range(len(self.modules)), None)]
-        return [(g.members, g.target) for g in plan(list(self.modules), target, "global", "target_bits")]
+            return [(range(len(self.targets)), None)]
+        return [(g.members, g.target) for g in plan(list(self.targets), target, "global", "target_bits")]
 
     def detach(self) -> None:
         """As of `Method`; also leaves the inputs alone, and weights that were frozen can be trained."""
@@ -195,8 +195,8 @@ class Smol(GridMethod):
                 self._steer(progress / self._until)
             self._step += 1
             self._tell()
-        for module, noise in zip(self.modules.values(), self.noises, strict=True):
-            weight = trained_parameter(module)
+        for latent, noise in zip(self.latents, self.noises, strict=True):
+            weight = latent.weight
             if not weight.requires_grad:
                 continue
             bound = piece_of(expand(noise.bound().to(weight.dtype), weight.shape), weight)
@@ -224,15 +224,15 @@ class Smol(GridMethod):
                 if math.isnan(shift):
                     self._refuse_learned()
 
-    def on_gradients(self) -> None:
+    def on_gradients(self, scale: float = 1.0) -> None:
         """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""
         if self._settled:
             return
         for budget in self.budgets:
             if budget.target is not None:
                 if self._config.limit_init == "curvature" and not self._spread:
-                    budget.measure()
-                budget.balance()
+                    budget.measure(scale)
+                budget.balance(scale)
 
     def penalty(self) -> Tensor | None:
         """lambda * sum over weights of (p - 1), for what has no target; None once precisions are fixed."""
@@ -248,12 +248,12 @@ class Smol(GridMethod):
             return
         self.reshard()
         self._refuse_learned()
-        targets = list(zip(self.modules.values(), self.noises, strict=True))
-        kept = [reduce((incoming_weight(m, p) != 0).float(), p.bits.shape) for m, p in targets]
+        targets = list(zip(self.targets.values(), self.noises, strict=True))
+        kept = [reduce((incoming(t, noise) != 0).float(), noise.bits.shape) for t, noise in targets]
         for budget, (members, _) in zip(self.budgets, self._groups(), strict=False):
             budget.choose([kept[i] for i in members])
-        for module, noise in targets:
-            weight = incoming_weight(module, noise)
+        for target, noise in targets:
+            weight = incoming(target, noise)
             write(noise.log_scale, fit_scale(weight, noise.bits, noise.log_scale.shape).log())
         if self.activations:
             self.budgets[-1].choose(self.budgets[-1].sizes)
@@ -263,9 +263,9 @@ class Smol(GridMethod):
 
     def _refuse_learned(self) -> None:
         """Raise `NotFiniteError` if a weight, or a number that is learned about one, is NaN or infinite."""
-        tensors = [(f"{name}.weight", trained_weight(module)) for name, module in self.modules.items()]
+        tensors = [(latent.target.name, latent.weight) for latent in self.latents]
         for kind in ("limits", "log_scale"):
-            tensors += [(f"{n}.{kind}", getattr(p, kind)) for n, p in zip(self.modules, self.noises, strict=True)]
+            tensors += [(f"{n}.{kind}", getattr(p, kind)) for n, p in zip(self.targets, self.noises, strict=True)]
         for kind in ("limits", "log_limit"):
             tensors += [(f"{n}.input.{kind}", getattr(q, kind)) for n, q in self.activations.items()]
         refuse_not_finite(self.name, tensors)
@@ -325,8 +325,8 @@ class Smol(GridMethod):
     def _kept(self) -> tuple[Tensor, Tensor]:
         """Weights that are not zero in every part, and its bits; all in one dimension."""
         kept, bits = [], []
-        for module, noise in zip(self.modules.values(), self.noises, strict=True):
-            weight = incoming_weight(module, noise)
+        for target, noise in zip(self.targets.values(), self.noises, strict=True):
+            weight = incoming(target, noise)
             kept.append(reduce((weight != 0).float(), noise.bits.shape).reshape(-1).double().cpu())
             bits.append(noise.bits.reshape(-1).cpu())
         return torch.cat(kept), torch.cat(bits)

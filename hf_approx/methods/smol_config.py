@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from hf_approx.methods.base import MethodConfig
-from hf_approx.methods.budget import Target, check_fraction
+from hf_approx.methods.budget import Sparsity, check_fraction
 from hf_approx.methods.noise import NoiseLaw
 from hf_approx.methods.rounding import PartGranularity
 from hf_approx.packing.grid import MAX_BITS
@@ -24,7 +24,7 @@ class SmolConfig(MethodConfig):
         ValueError: A value is out of range or two contradict each other.
     """
 
-    target_bits: Target | None = field(
+    target_bits: Sparsity | None = field(
         default=4.0,
         metadata={
             "help": "Average bits a weight that is not zero, over all targets or by pattern: the limits are shifted "

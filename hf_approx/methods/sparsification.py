@@ -6,24 +6,27 @@ so the mask goes from soft to the hard mask 1[s > 0] without ever sampling.
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_approx.blocks import Blocks, block_sizes, find_blocks, moved, remove_blocks, weights_of
+from hf_approx.checkpoint.saving import METHOD
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import HISTOGRAM_BINS, Method
 from hf_approx.methods.budget import Group, Scope, global_top_k, plan, top_masks
 from hf_approx.methods.layers import BlockMask
-from hf_approx.methods.masks import SigmoidMask, layout_of
+from hf_approx.methods.latent import latent_of
+from hf_approx.methods.masks import Layout, SigmoidMask, layout_of
 from hf_approx.methods.sparsification_config import SparsificationConfig
 from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
 from hf_approx.modules.sharded import piece, piece_of, totals, whole
 from hf_approx.structures import Structure, express_in_config, find_structures, note_sizes, remove_units
+from hf_approx.targets import Target
+
+Mask = TypeVar("Mask", bound=SigmoidMask)
 
 
 class ContinuousSparsification(Method):
@@ -37,7 +40,7 @@ class ContinuousSparsification(Method):
         self._settings = config.settings()
         self.structures: dict[str, Structure] = {}
         self.blocks: dict[str, Blocks] = {}
-        self._hooks: list[RemovableHandle] = []
+        self.block_masks: dict[str, BlockMask] = {}
         self._frozen: list[nn.Parameter] = []
         self._settled = False
         self._learned_sparsity: float | None = None
@@ -51,57 +54,57 @@ class ContinuousSparsification(Method):
     @property
     def masks(self) -> list[SigmoidMask]:
         """The mask of every target, in the model's order."""
-        return [cast(SigmoidMask, p) for p in self.parametrizations.values()]
+        return [*self.block_masks.values(), *(cast(SigmoidMask, stage) for stage in self.stages.values())]
 
-    def select(self, model: nn.Module) -> dict[str, nn.Module]:
-        """The targets; for heads and neurons, the layers that read them; for layers, what carries their scores."""
+    @property
+    def target_names(self) -> list[str]:
+        """Names of what each mask is of: targets, layers that read what is removed, or lists of layers."""
+        return [*self.blocks, *self.targets]
+
+    def select(self, model: nn.Module) -> dict[str, Target]:
+        """The targets; for heads and neurons, the layers that read them; none for layers, which have no one weight."""
         kind, patterns = self._config.structured, (self._config.target_modules, self._config.exclude)
         if kind is None:
             return super().select(model)
         self._model = model
         if kind == "layer":
-            self.blocks = {blocks.carrier: blocks for blocks in find_blocks(model, *patterns)}
-        else:
-            self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
-            sides = [side.module for structure in self.structures.values() for side in structure.sides]
-            taken = [name for name in sides if parametrize.is_parametrized(model.get_submodule(name))]
-            if taken:
-                raise ValueError(
-                    f"'{taken[0]}' is part of the {kind}s to remove, and another method works on it: exclude it there."
-                )
-        return {name: model.get_submodule(name) for name in (*self.blocks, *self.structures)}
+            self.blocks = {blocks.name: blocks for blocks in find_blocks(model, *patterns)}
+            return {}
+        self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
+        sides = [side.module for structure in self.structures.values() for side in structure.sides]
+        taken = [name for name in sides if latent_of(Target(name, model.get_submodule(name))) is not None]
+        if taken:
+            raise ValueError(
+                f"'{taken[0]}' is part of the {kind}s to remove, and another method works on it: exclude it there."
+            )
+        return {name: Target(name, model.get_submodule(name)) for name in self.structures}
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
-        """Parametrize the target weights, mask layers, freeze what is not to be trained.
-
-        The model is unchanged if this raises.
-        """
+        """Mask the targets, and freeze what is not to be trained. The model is unchanged if this raises."""
         super().attach(model, earlier)
         if not self._config.train_weights:
             self._freeze(model)
-        for mask, blocks in zip(self.masks, self.blocks.values(), strict=False):
-            self._hooks += cast(BlockMask, mask).install(self._layers(blocks))
+        for name, blocks in self.blocks.items():
+            self.block_masks[name] = self.block_mask(blocks)
+            setattr(self.block_masks[name], METHOD, self.name)
+            self.block_masks[name].install(model, blocks)
 
     def detach(self) -> None:
         """Take the method off again: every weight is what the optimizer trained, unmasked, and can be trained."""
-        self._unhook()
+        self._uninstall()
+        self.block_masks, self.blocks = {}, {}
         super().detach()
         self._thaw()
 
-    def _unhook(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _layers(self, blocks: Blocks) -> nn.ModuleList:
-        return cast(nn.ModuleList, self._model.get_submodule(blocks.name))
+    def _uninstall(self) -> None:
+        for mask in self.block_masks.values():
+            mask.uninstall()
 
     def _freeze(self, model: nn.Module) -> None:
-        sides = [side for structure in self.structures.values() for side in structure.sides]
-        for name in [side.module for side in sides] or list(self.modules):
-            module = model.get_submodule(name)
-            masked = parametrize.is_parametrized(module, "weight")
-            weight = module.get_parameter("parametrizations.weight.original" if masked else "weight")
+        sides = [side.module for structure in self.structures.values() for side in structure.sides]
+        for target in [Target(name, model.get_submodule(name)) for name in sides] or self.targets.values():
+            latent = latent_of(target)
+            weight = target.value if latent is None else latent.weight
             if weight.requires_grad:
                 weight.requires_grad_(False)
                 self._frozen.append(weight)
@@ -114,27 +117,32 @@ class ContinuousSparsification(Method):
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         if self._config.target_sparsity is not None:
-            plan(self._target_names(names), self._config.target_sparsity, "global")
+            plan(self._patterned([*self.blocks, *names]), self._config.target_sparsity, "global")
 
-    def _target_names(self, names: list[str]) -> list[str]:
+    def _patterned(self, names: list[str]) -> list[str]:
         """What patterns are matched against: the modules or, for structures, those that hold them."""
-        holders: dict[str, Structure | Blocks] = {**self.structures, **self.blocks}
-        return [holders[name].name if name in holders else name for name in names]
+        return [self.structures[name].name if name in self.structures else name for name in names]
 
-    def parametrization(self, name: str, module: nn.Module) -> SigmoidMask:
+    def stage(self, name: str, target: Target) -> SigmoidMask:
         """A mask whose scores start as the config says."""
-        settings = self._settings
         side = self.structures[name].consumer if name in self.structures else None
-        layout, weight = layout_of(self._config.granularity, name, module, side), module.get_parameter("weight")
-        in_layers = name in self.blocks
-        size = block_sizes(self._layers(self.blocks[name]), weight) if in_layers else layout.sizes(weight)
+        layout = layout_of(self._config.granularity, name, target.module, side)
+        return self._start(SigmoidMask, layout.sizes(target.value), layout)
+
+    def block_mask(self, blocks: Blocks) -> BlockMask:
+        """A mask on layers, likewise."""
+        layers = cast(nn.ModuleList, self._model.get_submodule(blocks.name))
+        return self._start(BlockMask, block_sizes(layers), Layout())
+
+    def _start(self, kind: type[Mask], size: Tensor, layout: Layout) -> Mask:
+        """A mask of what is so large."""
+        settings = self._settings
         s0 = settings.initial_score
         if settings.score_init == "magnitude":
             scores = s0 * size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         else:
             scores = torch.full_like(size, s0)
         scale = 1 + math.exp(-s0) if settings.scale_mask else 1.0
-        kind = BlockMask if in_layers else SigmoidMask
         return kind(scores, settings.initial_temperature, scale, layout)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -193,12 +201,12 @@ class ContinuousSparsification(Method):
     def _refuse_scores(self) -> None:
         """Raise `NotFiniteError` if a score is NaN or infinite, before the mask is fixed."""
         scores = (mask.scores for mask in self.masks)
-        refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.modules), scores, strict=True))
+        refuse_not_finite(self.name, zip((f"{name}.scores" for name in self.target_names), scores, strict=True))
 
     def _groups(self) -> list[Group]:
         target = self._config.target_sparsity
         scope: Scope = self._config.scope or ("layer" if self._config.structured else "global")
-        return [] if target is None else plan(self._target_names(list(self.modules)), target, scope)
+        return [] if target is None else plan(self._patterned(self.target_names), target, scope)
 
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
@@ -250,8 +258,8 @@ class ContinuousSparsification(Method):
         self.refuse_diverged()
         if not self._settled:
             self.settle()
-        self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.modules, self.masks, strict=True)}
-        self._unhook()
+        self._kept = {name: mask.scores.detach() > 0 for name, mask in zip(self.target_names, self.masks, strict=True)}
+        self._uninstall()
         names = super().bake()
         self._thaw()
         sides = [side for structure in self.structures.values() for side in structure.sides]
@@ -265,10 +273,10 @@ class ContinuousSparsification(Method):
 
     def remove(self, names: list[str]) -> list[str]:
         """Cut what is off out of the model, and say so in its config, or else on the model."""
-        for carrier, blocks in self.blocks.items():
-            removed, moves = remove_blocks(cast(PreTrainedModel, self._model), blocks, self._kept[carrier].tolist())
+        for name, blocks in self.blocks.items():
+            removed, moves = remove_blocks(cast(PreTrainedModel, self._model), blocks, self._kept[name].tolist())
             self.removed += removed
-            names = [new for name in names if (new := moved(name, moves)) is not None]
+            names = [new for old in names if (new := moved(old, moves)) is not None]
         structures = list(self.structures.values())
         if not structures:
             return names

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from hf_approx.methods.base import MethodConfig
-from hf_approx.methods.budget import Scope, Target, check_fraction, check_target
+from hf_approx.methods.budget import Scope, Sparsity, check_fraction, check_target
 from hf_approx.methods.masks import GRANULARITIES, Granularity
 from hf_approx.methods.presets import PRESETS, Settings
 from hf_approx.structures import Kind
@@ -24,7 +24,7 @@ class SparsificationConfig(MethodConfig):
         ValueError: A value is out of range or two contradict each other.
     """
 
-    target_sparsity: Target | None = field(
+    target_sparsity: Sparsity | None = field(
         default=0.9,
         metadata={
             "help": "Fraction removed, over all targets or by pattern: the scores are lowered together along a "

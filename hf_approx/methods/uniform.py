@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_approx.finite import refuse_not_finite
-from hf_approx.methods.base import MethodConfig, effective_weight, incoming_weight
+from hf_approx.methods.base import MethodConfig, incoming
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, fit_scale, parts_shape
+from hf_approx.methods.latent import value_of
 from hf_approx.modules.sharded import write
 from hf_approx.packing.grid import MAX_BITS
+from hf_approx.targets import Target
 
 
 @dataclass
@@ -86,18 +88,18 @@ class UniformQuantization(GridMethod):
         """The config that built this object."""
         return self._config
 
-    def parametrization(self, name: str, module: nn.Module) -> GridWeight:
+    def stage(self, name: str, target: Target) -> GridWeight:
         """The grid that fits the weight best."""
-        config, weight = self._config, effective_weight(module)
+        config, weight = self._config, value_of(target)
         bits = torch.full([1] * weight.dim(), config.bits, dtype=torch.uint8, device=weight.device)
-        parts = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
+        parts = parts_shape(target.module, weight.shape, config.scale_granularity, config.group_size)
         if config.mode == "round":
             return LateGridWeight(bits, torch.ones(parts, device=weight.device), False, weight.dtype)
         return GridWeight(bits, fit_scale(weight, bits, parts), True, weight.dtype)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scales, if weights are rounded in training."""
-        scales = [cast(GridWeight, p).log_scale for p in self.parametrizations.values()]
+        scales = [cast(GridWeight, stage).log_scale for stage in self.stages.values()]
         return [{"params": scales, "lr": self._config.scale_lr}] if self._config.mode == "qat" else []
 
     def on_step(self, progress: float) -> None:
@@ -106,15 +108,15 @@ class UniformQuantization(GridMethod):
     def settle(self) -> None:
         """Round weights that are not rounded yet; bits are fixed from the start."""
         self.reshard()
-        late = {n: p for n, p in self.parametrizations.items() if isinstance(p, LateGridWeight) and p.late}
-        refuse_not_finite(self.name, ((f"{n}.weight", incoming_weight(self.modules[n], p)) for n, p in late.items()))
+        late = {n: s for n, s in self.stages.items() if isinstance(s, LateGridWeight) and s.late}
+        refuse_not_finite(self.name, ((self.targets[n].name, incoming(self.targets[n], s)) for n, s in late.items()))
         for name, rounding in late.items():
-            rounding.round(incoming_weight(self.modules[name], rounding))
+            rounding.round(incoming(self.targets[name], rounding))
 
     @property
     def is_final(self) -> bool:
         """Whether weights are rounded."""
-        return not any(isinstance(p, LateGridWeight) and p.late for p in self.parametrizations.values())
+        return not any(isinstance(s, LateGridWeight) and s.late for s in self.stages.values())
 
     @property
     def after_training(self) -> bool:

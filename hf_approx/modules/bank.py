@@ -6,7 +6,7 @@ to it without owning it, so it is once in `state_dict`, `parameters` and everyth
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from hf_approx.modules.sharded import whole
+from hf_approx.targets import LATENTS
 
 BANKS = "hf_approx_banks"
 
@@ -116,8 +117,20 @@ class SharedLayers:
         return torch.stack([row.to(rows[0].device) for row in rows])
 
 
-def sharing_of(module: nn.Module) -> SharedWeight | None:
+class Sharing(Protocol):
+    """How the weight of a layer is mixed: in its forward pass, or in training once a step."""
+
+    @property
+    def bank(self) -> TemplateBank:
+        """Where the templates are."""
+        ...
+
+
+def sharing_of(module: nn.Module) -> Sharing | None:
     """How the module's weight is mixed, or None if it has its own."""
+    latent = (vars(module).get(LATENTS) or {}).get("weight")
+    if hasattr(latent, "bank"):
+        return cast(Sharing, latent)
     if not parametrize.is_parametrized(module, "weight"):
         return None
     first = cast(nn.ModuleDict, module.parametrizations)["weight"][0]  # type: ignore[index]
@@ -126,6 +139,9 @@ def sharing_of(module: nn.Module) -> SharedWeight | None:
 
 def coefficients_of(module: nn.Module) -> nn.Parameter:
     """The coefficients of a module that shares its weight, of shape (templates,)."""
+    latent = (vars(module).get(LATENTS) or {}).get("weight")
+    if hasattr(latent, "bank"):
+        return cast(nn.Parameter, latent.weight)
     return module.get_parameter("parametrizations.weight.original")
 
 
@@ -133,7 +149,7 @@ def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_
     """Give up the module's weight, or its earlier coefficients, for a mix of the bank's templates."""
     own = nn.Parameter(coefficients.clone(memory_format=torch.contiguous_format), requires_grad)
     sharing = sharing_of(module)
-    if sharing is not None:
+    if isinstance(sharing, SharedWeight):
         sharing.use(bank)
         module.get_submodule("parametrizations.weight").register_parameter("original", own)
         return

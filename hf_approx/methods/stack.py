@@ -1,0 +1,325 @@
+"""One owner of a run: it attaches methods to a model, drives them through the steps of training, and bakes them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_approx.checkpoint import attach_packing
+from hf_approx.finite import refuse_not_finite
+from hf_approx.logs import get_logger
+from hf_approx.methods.base import Method, MethodConfig, method_configs
+from hf_approx.methods.latent import Latent, every_latent
+from hf_approx.optim import CompositeOptimizer
+from transformers import PreTrainedModel
+
+logger = get_logger(__name__)
+
+
+class MethodStack:
+    """Methods at work on one model, in the order in which they were attached.
+
+    The model holds effective weights, as ordinary parameters; what is trained in their place is here. A step is
+
+        loss.backward()
+        stack.before_step()   # gradients of the effective weights become those of what is trained
+        optimizer.step()      # over `parameters()` and `param_groups()`
+        stack.after_step(progress)
+
+    which an optimizer of `bind` does by itself.
+
+    Args:
+        model: To compress.
+        configs: One config, or several.
+
+    Raises:
+        ValueError: A config does not fit the model, or they do not go together. The model is then unchanged.
+    """
+
+    def __init__(self, model: nn.Module, configs: MethodConfig | Iterable[MethodConfig]) -> None:
+        self.model = model
+        self.methods: list[Method] = [config.build() for config in method_configs(configs, "attach")]
+        attached: list[Method] = []
+        try:
+            for method in self.methods:
+                method.attach(model, attached)
+                attached.append(method)
+        except BaseException:
+            for method in reversed(attached):
+                method.detach()
+            raise
+        self._pulled = False
+        self.write()
+
+    @property
+    def latents(self) -> list[Latent]:
+        """What is trained in the place of the model's weights; those that are mixed from others come last."""
+        return sorted(every_latent(self.model), key=lambda latent: latent.mixes)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the task's optimizer trains, by the names the model has for it: latents, and all that is left alone."""
+        with self.exposed():
+            own = {id(param) for group in self.param_groups() for param in group["params"]}
+            found = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]
+        return iter(found)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The same, for an optimizer."""
+        return [param for _, param in self.named_parameters()]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What the methods train of their own (scores, limits, scales, coefficients), with learning rates for Adam."""
+        return [group for method in self.methods for group in method.param_groups()]
+
+    @contextmanager
+    def exposed(self) -> Iterator[None]:
+        """Within, the model has what is trained under the names of its weights: for whoever makes an optimizer."""
+        latents = {id(latent.effective): latent for latent in self.latents}
+        swapped = []
+        for module in self.model.modules():
+            for name, param in module._parameters.items():
+                if param is not None and id(param) in latents:
+                    swapped.append((module, name, param))
+        for module, name, param in swapped:
+            module._parameters[name] = latents[id(param)].shown
+        try:
+            yield
+        finally:
+            for module, name, param in swapped:
+                module._parameters[name] = param
+
+    def bind(self, optimizer: Optimizer, steps: int | None = None) -> "BoundOptimizer":
+        """The optimizer of a loop that calls `step` and `zero_grad` and nothing of the stack.
+
+        Args:
+            optimizer: Of `parameters()`. What the methods train of their own gets Adam beside it.
+            steps: How many optimizer steps there will be, which schedules go by. None: they move with `advance`.
+        """
+        return BoundOptimizer(self, optimizer, steps)
+
+    def advance(self, progress: float) -> None:
+        """Move every schedule and make the effective weights anew.
+
+        Args:
+            progress: From 0 at the first step of training to 1 at its last.
+        """
+        for method in self.methods:
+            method.on_step(progress)
+        self.write()
+
+    def write(self) -> None:
+        """Make the effective weights anew from what is trained."""
+        for latent in self.latents:
+            latent.write()
+
+    def before_step(self, scale: float = 1.0) -> None:
+        """Turn the gradients that the model has into those of what is trained, penalties included.
+
+        Args:
+            scale: What the loss was multiplied by, if a GradScaler did.
+        """
+        for latent in reversed(self.latents):
+            latent.pull()
+        for method in self.methods:
+            penalty = method.penalty()
+            if penalty is not None:
+                (penalty * scale).backward()
+        for method in self.methods:
+            method.on_gradients(scale)
+        self._pulled = True
+
+    def after_step(self, progress: float | None = None) -> None:
+        """Bring the model up to date with what the optimizer made.
+
+        Args:
+            progress: Of the step that comes; None leaves schedules where they are.
+        """
+        self.zero_grad()
+        if progress is None:
+            self.write()
+        else:
+            self.advance(progress)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients of effective weights and of what is trained in their place."""
+        for latent in self.latents:
+            latent.zero_grad()
+        self._pulled = False
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model computes without the noise of training."""
+        noisy = [latent for latent in self.latents if any(stage.noisy for stage in latent.stages)]
+        modes = [(stage, stage.training) for latent in noisy for stage in latent.stages if stage.training]
+        for stage, _ in modes:
+            stage.eval()
+        for latent in noisy:
+            latent.write()
+        try:
+            yield
+        finally:
+            for stage, mode in modes:
+                stage.train(mode)
+            for latent in noisy:
+                latent.write()
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Within, the model computes with the trained weights themselves, as if no method was there."""
+        for latent in self.latents:
+            latent.write(bare=True)
+        try:
+            yield
+        finally:
+            self.write()
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the compressed structure of every method is settled."""
+        return all(method.is_final for method in self.methods)
+
+    def settle(self) -> None:
+        """Fix the compressed structure of every method now, whatever the schedules say."""
+        for method in self.methods:
+            method.settle()
+        self.write()
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of every method for a log, as `method/number`."""
+        return {f"{label}/{k}": v for label, method in self.labelled().items() for k, v in method.metrics().items()}
+
+    def labelled(self) -> dict[str, Method]:
+        """The methods by name, numbered where two share it."""
+        names = [method.name for method in self.methods]
+        labels = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
+        return dict(zip(labels, self.methods, strict=True))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained and kept that is not in the model's state dict, by name; sharing memory."""
+        return {name: tensor for latent in self.latents for name, tensor in latent.tensors()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what `tensors` returned and make the effective weights anew.
+
+        Raises:
+            ValueError: One is missing, unknown or of another shape.
+        """
+        own = self.tensors()
+        odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
+        if odd:
+            raise ValueError(
+                f"The state does not fit these methods: '{odd[0]}' is "
+                + ("missing." if odd[0] not in tensors else "unknown." if odd[0] not in own else "of another shape.")
+            )
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+        self.write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that training goes on from: JSON types under `methods`, and `tensors`."""
+        tensors = {name: tensor.detach() for name, tensor in self.tensors().items()}
+        return {"methods": [method.state_dict() for method in self.methods], "tensors": tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned, of the same methods on the same model."""
+        for method, saved in zip(self.methods, state["methods"], strict=True):
+            method.load_state_dict(saved)
+        self.load_tensors(state["tensors"])
+
+    def detach(self) -> None:
+        """Take all methods off again; every weight is what the optimizer trained."""
+        for method in reversed(self.methods):
+            method.detach()
+
+    def refuse_diverged(self, where: str = "MethodStack") -> None:
+        """Raise `NotFiniteError` if a weight, or a number that a method trains, is NaN or infinite."""
+        refuse_not_finite(where, self.model)
+        for method in self.methods:
+            refuse_not_finite(where, method.learned())
+
+    def bake(self) -> list[str]:
+        """Leave an ordinary model with compressed weights; returns the names of those."""
+        names = [name for method in reversed(self.methods) for name in method.bake()]
+        for method in sorted(self.methods, key=lambda method: method.renames):
+            names = method.remove(names)
+        return list(dict.fromkeys(names))
+
+    def finalize(self, store_dtype: str | None = "float16") -> list[str]:
+        """Fix what is not fixed yet, bake, and make `save_pretrained` write the model packed.
+
+        Args:
+            store_dtype: As of `attach_packing`.
+
+        Returns:
+            Names of the compressed parameters.
+
+        Raises:
+            NotFiniteError: Training diverged. The model is unchanged.
+        """
+        if not all(method.is_final or method.after_training for method in self.methods):
+            logger.warning(
+                "finalize: the schedules did not come to their end, so what is removed or rounded is decided now and "
+                "not trained on; say how long training is: stack.bind(optimizer, steps=...)."
+            )
+        names = self.bake()
+        if isinstance(self.model, PreTrainedModel):
+            attach_packing(self.model, names, store_dtype, self.grids)
+        return names
+
+    @property
+    def grids(self) -> dict[str, Any]:
+        """The grids of quantized weights, once baked."""
+        return {name: grid for method in self.methods for name, grid in method.grids.items()}
+
+
+class BoundOptimizer(CompositeOptimizer):
+    """An optimizer that keeps a stack in step: see `MethodStack.bind`."""
+
+    def __init__(self, stack: MethodStack, optimizer: Optimizer, steps: int | None) -> None:
+        groups = stack.param_groups()
+        super().__init__(optimizer, *([torch.optim.Adam(groups)] if groups else []))
+        self.stack, self.steps, self.taken = stack, steps, 0
+        if steps is not None:
+            stack.advance(0.0)
+
+    def _progress(self) -> float | None:
+        if self.steps is None or self.taken >= self.steps:
+            return None
+        return self.taken / max(self.steps - 1, 1)
+
+    def step(self, closure: Any = None) -> Any:
+        """Gradients to what is trained, one step of every optimizer, effective weights anew."""
+        if closure is not None:
+            raise ValueError("An optimizer of MethodStack.bind takes no closure: call backward, then step().")
+        if not self.stack._pulled:
+            self.stack.before_step()
+        super().step()
+        self.taken += 1
+        self.stack.after_step(self._progress())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of any optimizer; also forgets the gradients of effective weights."""
+        super().zero_grad(set_to_none)
+        self.stack.zero_grad()
+
+
+def attach(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig]) -> MethodStack:
+    """Put methods to work on a model, for a training loop of one's own.
+
+        stack = hf_approx.attach(model, [SparsificationConfig(target_sparsity=0.9)])
+        optimizer = stack.bind(torch.optim.AdamW(stack.parameters(), lr=1e-4), steps=1000)
+        ...  # the loop as it was
+        stack.finalize()  # save_pretrained now packs
+
+    Args:
+        model: To compress; it stays an ordinary model, whose weights are masked, noisy or rounded already.
+        configs: One config, or several in the order in which they work.
+
+    Raises:
+        ValueError: A config does not fit the model, or they do not go together. The model is then unchanged.
+    """
+    return MethodStack(model, configs)
