@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_approx.methods import Method
+from hf_approx.methods import MethodStack
 from hf_approx.modules.bank import BANKS
 from hf_approx.packing import Grid, expand
 
@@ -23,12 +23,6 @@ def kind_of(name: str) -> str:
     return re.sub(r"^.*\.\d+\.", "", layer) if re.search(r"\.\d+\.", layer) else re.sub(r"(.)\.\d+$", r"\1", layer)
 
 
-def labels(methods: Sequence[Method]) -> list[str]:
-    """A name for each method: its own, numbered where two share it."""
-    names = [method.name for method in methods]
-    return [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-
-
 class Recorder:
     """Keeps what the methods said at each log.
 
@@ -37,8 +31,8 @@ class Recorder:
             that has soft masks; JSON types only.
     """
 
-    def __init__(self, methods: Sequence[Method]) -> None:
-        self.methods = dict(zip(labels(methods), methods, strict=True))
+    def __init__(self, stack: MethodStack) -> None:
+        self.methods = stack.labelled()
         self.history: list[dict[str, Any]] = []
 
     def record(self, step: int) -> dict[str, float]:

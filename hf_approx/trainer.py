@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from hf_approx.finite import NotFiniteError, Suspect
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.methods.base import method_configs
+from hf_approx.methods.stack import MethodStack
 from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.optim.composite import stepping_problem
@@ -39,33 +41,40 @@ logger = get_logger(__name__)
 
 
 class _Schedule(TrainerCallback):
-    """Advances the methods before each optimizer step, and finalizes them after the last.
+    """Moves the schedules of a stack from step to step, and finalizes it after the last.
 
     Args:
-        methods: Those of the trainer; they rest once they are finalized.
+        stack: That of the trainer; None once it is finalized.
         finish: Finalizes, and logs what came of it. Called before any tracker closes its run.
         check: Says when training diverged, if it did.
     """
 
-    def __init__(self, methods: Sequence[Method], finish: Callable[[], None], check: Callable[[], None]) -> None:
-        self.methods, self.finish, self.check = methods, finish, check
+    def __init__(self, stack: MethodStack, finish: Callable[[], None], check: Callable[[], None]) -> None:
+        self.stack: MethodStack | None = stack
+        self.finish, self.check = finish, check
 
-    def on_step_begin(
+    def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        progress = state.global_step / max(state.max_steps - 1, 1)
-        for method in self.methods:
-            try:
-                method.on_step(progress)
-            except NotFiniteError:
-                self.check()
-                raise
+        if self.stack is not None:
+            self.stack.begin()
+            if state.global_step == 0:
+                self._checked(self.stack.advance, 0.0)
 
-    def on_pre_optimizer_step(
+    def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for method in self.methods:
-            method.on_gradients()
+        if self.stack is not None:
+            step = state.global_step + 1
+            progress = step / max(state.max_steps - 1, 1) if step < state.max_steps else None
+            self._checked(self.stack.after_step, progress)
+
+    def _checked(self, move: Callable[[Any], None], progress: float | None) -> None:
+        try:
+            move(progress)
+        except NotFiniteError:
+            self.check()
+            raise
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -124,7 +133,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             raise ValueError(f"{type(self).__name__}: load the model with runtime='dense' to train it.")
         if store_dtype is not None:
             dtype_from_name(store_dtype)
-        self.methods: list[Method] = [config.build() for config in configs]
+        self.methods: list[Method] = [config.build() for config in configs]  # attached below, once nothing refuses
         self.store_dtype = store_dtype
         self.approx_report: dict[str, Any] = {}
         self.about: dict[str, Any] = {}
@@ -141,23 +150,16 @@ class ApproxTrainerMixin(CheckpointMixin):
         if optimizer is not None:
             check_arguments(trainer.args, optimizer, type(self).__name__)
         self._refuse_unsupported()
-        attached: list[Method] = []
-        try:
-            for method in self.methods:
-                method.attach(self._plain_model, attached)
-                attached.append(method)
-        except BaseException:
-            for method in reversed(attached):
-                method.detach()
-            raise
+        self.stack = MethodStack(self._plain_model, configs)
+        self.methods = self.stack.methods
         sharded = trainer.is_fsdp_enabled and (self.methods or isinstance(self._quantizer, ApproxQuantizer))
         if self.methods or sharded:
             self._unpack()
         if sharded:
             self._prepare_sharding(self.methods)
-        self._recorder = Recorder(self.methods)
+        self._recorder = Recorder(self.stack)
         self._suspect = Suspect()
-        self._schedule = _Schedule(self.methods, self._end_training, self.refuse_diverged)
+        self._schedule = _Schedule(self.stack, self._end_training, self.refuse_diverged)
         trainer.callback_handler.callbacks[:0] = [_Watch(self), self._schedule]
 
     def _refuse_unsupported(self) -> None:
@@ -253,7 +255,7 @@ class ApproxTrainerMixin(CheckpointMixin):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The task's optimizer and, for the methods' own parameters, Adam without decay, behind one interface."""
         trainer = cast(Trainer, self)
-        groups = [] if self._finalized else [group for m in self.methods for group in m.param_groups()]
+        groups = [] if self._finalized else self.stack.param_groups()
         if trainer.optimizer is not None:
             # After a training that was interrupted it is what accelerate made of the one below.
             plain = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
@@ -263,12 +265,14 @@ class ApproxTrainerMixin(CheckpointMixin):
         own = [param for group in groups for param in group["params"]]
         for param in own:
             param.requires_grad_(False)
-        optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+        with self.stack.exposed():
+            optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
         for param in own:
             param.requires_grad_(True)
         if self._avagrad is not None:
             # Trainer gives each group the decay of its arguments, AvaGrad's config has its own.
-            named = dict((model or self._plain_model).named_parameters(remove_duplicate=False))
+            with self.stack.exposed():
+                named = dict((model or self._plain_model).named_parameters(remove_duplicate=False))
             names = trainer.get_decay_parameter_names(model or self._plain_model)
             decayed = {id(named[name]) for name in names}
             for group in optimizer.param_groups:
@@ -279,30 +283,46 @@ class ApproxTrainerMixin(CheckpointMixin):
         trainer.optimizer = optimizer
         return optimizer
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The task's loss plus, in training, the methods' penalties."""
-        trainer = cast(Trainer, self)
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `Trainer`."""
         with self._autocast():
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not model.training or self._finalized:
-            return result
-        loss, outputs = result if return_outputs else (result, None)
-        penalties = [p for p in (method.penalty() for method in self.methods) if p is not None]
-        # Trainer divides a loss by the accumulation steps unless it was already normalised over all of them.
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = by_model or trainer.compute_loss_func is not None
-        steps = trainer.current_gradient_accumulation_steps if scaled else 1
-        for penalty in penalties:
-            loss = loss + penalty.to(loss.device) / steps
-        return (loss, outputs) if return_outputs else loss
+            return super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of `Trainer`; after the last backward pass of a step, gradients go to what is trained.
+
+        That is before a GradScaler looks for infinities, and before gradients are clipped.
+        """
+        loss = super().training_step(*args, **kwargs)
+        accelerator = cast(Trainer, self).accelerator
+        if accelerator.sync_gradients and not self._finalized:
+            scaler = accelerator.scaler
+            self.stack.before_step(1.0 if scaler is None else scaler.get_scale())
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._trained(model))  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._trained(model), grad_norm)
+
+    def _trained(self, model: nn.Module) -> Any:
+        """What the optimizer trains, for who asks a model for its parameters."""
+        if self._finalized or not self.methods:
+            return model
+        groups = cast(Any, self).optimizer.param_groups
+        return SimpleNamespace(parameters=lambda: [param for group in groups for param in group["params"]])
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `Trainer`, without the noise of training."""
+        if self._finalized or not self.methods:
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        # Schedule-free optimizers evaluate other weights than those they train.
+        switch = getattr(cast(Trainer, self).optimizer, "eval", None)
+        if callable(switch):
+            switch()
+        with self.stack.evaluating():
+            return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the methods' numbers to each training log."""
@@ -371,8 +391,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         self.refuse_diverged(everywhere=False)
         if not self._finalized and not all(method.is_final or method.after_training for method in self.methods):
             logger.warning("Training ended before the masks were fixed; fixing them now, without fine-tuning.")
-            for method in self.methods:
-                method.settle()
+            self.stack.settle()
         if self._twin is None:
             self._finish()
             # The wrapped model holds parameters that are gone.
@@ -380,12 +399,12 @@ class ApproxTrainerMixin(CheckpointMixin):
         else:
             if self._twin.fill(self._plain_model, self.methods):
                 self._finished, self.methods = self._twin.model, self._twin.methods
-                history, self._recorder = self._recorder.history, Recorder(self.methods)
+                history, self._recorder = self._recorder.history, Recorder(self.stack)
                 self._recorder.history = history
                 self._finish()
             self.approx_report = broadcast_object_list([self.approx_report])[0]
         self._finalized, self._repack = True, []
-        self._schedule.methods = ()
+        self._schedule.stack = None
         # They hold parameters that are gone.
         trainer.optimizer = trainer.lr_scheduler = None
         return self.approx_report
@@ -402,9 +421,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             self.approx_report["history"] = self._recorder.history
             if self._avagrad is not None:
                 self.approx_report["optimizer"] = {"method": "avagrad", **as_json(asdict(self._avagrad))}
-            names += [name for method in reversed(self.methods) for name in method.bake()]
-            for method in sorted(self.methods, key=lambda method: method.renames):
-                names = method.remove(names)
+            names = self.stack.bake(names)
         # A weight that was loaded packed may be shared now.
         shared = self._shared_names()
         names = [name for name in dict.fromkeys(names) if name not in shared]

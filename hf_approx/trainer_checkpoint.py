@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +20,8 @@ from hf_approx.files import torch_writes, write_text
 from hf_approx.layout import CARD_FILE, is_ours
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method
+from hf_approx.methods import MethodStack
+from hf_approx.model_folder import weight_files
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.staging import recover, staged
@@ -36,11 +39,15 @@ from hf_approx.trainer_hub import HubMixin, remove_report
 
 logger = get_logger(__name__)
 
+LATENT_PREFIX = "hf_approx_training."
+"""What the names of tensors begin with, in a checkpoint to resume from, that are in no state dict of the model."""
+
 
 class CheckpointMixin(DivergenceMixin, HubMixin):
     """The part of `ApproxTrainerMixin` that saves and resumes."""
 
     methods: Sequence[Method]
+    stack: MethodStack
     _repack: list[str]
     _special: bool
     _recorder: Recorder
@@ -83,7 +90,8 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
             # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
             # shape, in processes without hf_approx too, instead of starting from random weights.
             state = model.state_dict() if state_dict is None else state_dict
-            state = {**state, **{name: torch.empty(0) for name in self._plain_names()}}
+            latents = {f"{LATENT_PREFIX}{name}": tensor for name, tensor in self.stack.tensors().items()}
+            state = {**state, **latents, **{name: torch.empty(0) for name in self._plain_names()}}
             model.config.quantization_config = ApproxConfig(training=True)
             keep_own_names(model)
             try:
@@ -120,7 +128,8 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     def _plain_names(self) -> list[str]:
-        return [*(f"{name}.weight" for method in self.methods for name in method.modules), *self._shared_names()]
+        """Names of weights that are not in the checkpoint of unfinished training as such."""
+        return [*(latent.target.name for latent in self.stack.latents), *self._shared_names()]
 
     def _shared_names(self) -> list[str]:
         """Names of the weights that are mixed from templates."""
@@ -132,21 +141,45 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
         """Whether what is saved now is no model: masks, parts that no plain config describes, or pieces."""
         return not self._finalized or bool(self._repack and (self._special or self._twin is not None))
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """A training checkpoint must restore every tensor: anything missing would silently change the result."""
-        if self._unfinished:
-            unexpected = set(load_result.unexpected_keys) - set(self._plain_names())
-            model: Any = self._plain_model
-            missing = set(load_result.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
-            missing -= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-            if missing or unexpected:
-                name = sorted(missing or unexpected)[0]
-                raise ValueError(
-                    f"The checkpoint does not fit this run: '{name}' is {'missing' if missing else 'unknown'}. "
-                    "Resume with the model, methods and target modules it was made with."
-                )
-            return
-        super()._issue_warnings_after_load(load_result)  # type: ignore[misc]
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._unfinished and not cast(Trainer, self).is_fsdp_enabled:
+            self._restore(Path(checkpoint))
+        else:
+            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        trainer = cast(Trainer, self)
+        if self._unfinished and not trainer.is_fsdp_enabled:
+            self._restore(Path(cast(str, trainer.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()  # type: ignore[misc]
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Load what unfinished training saved; anything missing would silently change the result.
+
+        Raises:
+            ValueError: It was saved of another model, or by other methods.
+        """
+        model: Any = self._plain_model
+        plain = set(self._plain_names())
+        state: dict[str, Tensor] = {}
+        for file in weight_files(checkpoint):
+            state.update(load_file(file))
+        latents = {
+            name.removeprefix(LATENT_PREFIX): state.pop(name) for name in list(state) if name.startswith(LATENT_PREFIX)
+        }
+        result = model.load_state_dict({name: t for name, t in state.items() if name not in plain}, strict=False)
+        missing = set(result.missing_keys) - plain - set(getattr(model, "all_tied_weights_keys", ()))
+        missing -= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        odd = sorted(missing or result.unexpected_keys)
+        own = self.stack.tensors()
+        odd += sorted(own.keys() ^ latents.keys()) or [n for n in own if own[n].shape != latents[n].shape]
+        if odd:
+            raise ValueError(
+                f"The checkpoint does not fit this run: '{odd[0]}' is missing, unknown or of another shape. "
+                "Resume with the model, methods and target modules it was made with."
+            )
+        self.stack.load_tensors(latents)
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> str | None:
         """The folder to go on from: the one asked for, or for True the last one that was written to its end.
@@ -251,7 +284,7 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
 
 def identity(method: Method) -> dict[str, Any]:
     """What a method must have in common with the checkpoint it resumes from."""
-    data = {"name": method.name, "modules": list(method.modules), "config": asdict(method.config)}
+    data = {"name": method.name, "modules": method.target_names, "config": asdict(method.config)}
     return as_json(data)
 
 

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_approx.finite import NotFiniteError, Suspect, first_not_finite
 from hf_approx.logs import get_logger
+from hf_approx.methods import MethodStack
 from hf_approx.trainer_files import complete_checkpoints
 from hf_approx.trainer_sharded import ShardedMixin
 
@@ -52,6 +53,7 @@ class DivergenceMixin(ShardedMixin):
 
     _suspect: Suspect
     _finalized: bool
+    stack: MethodStack
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As of `Trainer`; notes a loss that is not finite, which its log leaves out."""
@@ -84,6 +86,8 @@ class DivergenceMixin(ShardedMixin):
         finished = self._twin is not None and self._finalized
         model = self._finished if finished else self._plain_model
         found = None if model is None else first_not_finite(model)
+        if found is None and not self._finalized:
+            found = first_not_finite(self.stack.learned())
         if everywhere and trainer.args.world_size > 1:
             found = next((text for text in gather_object([found]) if text is not None), None)
         if found is None:

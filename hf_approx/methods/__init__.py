@@ -14,6 +14,7 @@ from hf_approx.methods.smol import Smol
 from hf_approx.methods.smol_config import SmolConfig
 from hf_approx.methods.sparsification import ContinuousSparsification
 from hf_approx.methods.sparsification_config import SparsificationConfig
+from hf_approx.methods.stack import MethodStack, attach
 from hf_approx.methods.uniform import UniformQuantization, UniformQuantizationConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -39,6 +40,7 @@ __all__ = [
     "MagnitudePruningConfig",
     "Method",
     "MethodConfig",
+    "MethodStack",
     "MovementPruning",
     "MovementPruningConfig",
     "SharingConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "SparsificationConfig",
     "UniformQuantization",
     "UniformQuantizationConfig",
+    "attach",
     "block_similarity",
     "layer_similarity",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_approx.checkpoint import attach_packing
-from hf_approx.finite import refuse_not_finite
+from hf_approx.finite import Named, refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.base import Method, MethodConfig, method_configs
 from hf_approx.methods.latent import Latent, every_latent
@@ -115,6 +115,10 @@ class MethodStack:
         for latent in self.latents:
             latent.write()
 
+    def begin(self) -> None:
+        """Make ready for training where the model is now: all processes go on from what the first one has."""
+        self.write()
+
     def before_step(self, scale: float = 1.0) -> None:
         """Turn the gradients that the model has into those of what is trained, penalties included.
 
@@ -152,19 +156,16 @@ class MethodStack:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within, the model computes without the noise of training."""
-        noisy = [latent for latent in self.latents if any(stage.noisy for stage in latent.stages)]
-        modes = [(stage, stage.training) for latent in noisy for stage in latent.stages if stage.training]
-        for stage, _ in modes:
+        training = [stage for latent in self.latents for stage in latent.stages if stage.training]
+        for stage in training:
             stage.eval()
-        for latent in noisy:
-            latent.write()
+        self.write()
         try:
             yield
         finally:
-            for stage, mode in modes:
-                stage.train(mode)
-            for latent in noisy:
-                latent.write()
+            for stage in training:
+                stage.train()
+            self.write()
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
@@ -238,12 +239,23 @@ class MethodStack:
     def refuse_diverged(self, where: str = "MethodStack") -> None:
         """Raise `NotFiniteError` if a weight, or a number that a method trains, is NaN or infinite."""
         refuse_not_finite(where, self.model)
-        for method in self.methods:
-            refuse_not_finite(where, method.learned())
+        refuse_not_finite(where, self.learned())
 
-    def bake(self) -> list[str]:
-        """Leave an ordinary model with compressed weights; returns the names of those."""
-        names = [name for method in reversed(self.methods) for name in method.bake()]
+    def learned(self) -> Iterator[Named]:
+        """All that is trained in the place of weights, by name, and whether it may be infinite."""
+        for latent in self.latents:
+            yield from latent.finite_parts()
+
+    def bake(self, others: Sequence[str] = ()) -> list[str]:
+        """Leave an ordinary model with compressed weights.
+
+        Args:
+            others: Names of parameters that were compressed before.
+
+        Returns:
+            The names that the others and those compressed have now; some may be gone.
+        """
+        names = [*others, *(name for method in reversed(self.methods) for name in method.bake())]
         for method in sorted(self.methods, key=lambda method: method.renames):
             names = method.remove(names)
         return list(dict.fromkeys(names))
