@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,19 @@ def method_configs(approx: Any, where: str) -> list[MethodConfig]:
     return configs
 
 
+class Inserted(Protocol):
+    """A module that a method puts into a model.
+
+    Attributes:
+        bypassed: Whether the model is to compute as if it was not there.
+    """
+
+    bypassed: bool
+
+    def train(self, mode: bool = True) -> Any:
+        """As of any module."""
+
+
 class Method(ABC):
     """A method at work on one model. `MethodStack` attaches it, drives it and bakes it.
 
@@ -98,6 +111,11 @@ class Method(ABC):
     def target_names(self) -> list[str]:
         """Names of what it works on, as a checkpoint must have them to go on from."""
         return list(self.targets)
+
+    @property
+    def inserted(self) -> list[Inserted]:
+        """Modules of its own that it put into the model: what it does to anything but weights."""
+        return []
 
     @property
     def latents(self) -> list[Latent]:

@@ -24,6 +24,8 @@ class BlockMask(SigmoidMask):
     saved and shared out over processes like any parameter of the model.
     """
 
+    bypassed = False
+
     def install(self, model: nn.Module, blocks: Blocks) -> None:
         """Mask the blocks."""
         parent, _, last = blocks.name.rpartition(".")
@@ -48,6 +50,8 @@ def _blend(
     mask: BlockMask, index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Any:
     """A forward hook. A function and not a closure, so that a copy of the model has its own mask in it."""
+    if mask.bypassed:
+        return output
     before = args[0] if args else kwargs["hidden_states"]
     after = output[0] if isinstance(output, tuple) else output
     if isinstance(mask.scores, DTensor):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
-from hf_approx.methods.base import Method, incoming
+from hf_approx.methods.base import Inserted, Method, incoming
 from hf_approx.methods.budget import cubic_ramp, plan
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.latent import value_of
@@ -76,6 +76,11 @@ class Smol(GridMethod):
     def noises(self) -> list[NoisyWeight]:
         """The noise of every target, in the model's order."""
         return [cast(NoisyWeight, stage) for stage in self.stages.values()]
+
+    @property
+    def inserted(self) -> list[Inserted]:
+        """What makes noise of the inputs."""
+        return list(self.activations.values())
 
     def attach(self, model: nn.Module, earlier: Sequence[Method] = ()) -> None:
         """As of `Method`; also quantizes the inputs of the targets, if the config says so."""

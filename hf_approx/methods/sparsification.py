@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_approx.blocks import Blocks, block_sizes, find_blocks, moved, remove_blocks, weights_of
 from hf_approx.checkpoint.saving import METHOD
 from hf_approx.finite import refuse_not_finite
-from hf_approx.methods.base import HISTOGRAM_BINS, Method
+from hf_approx.methods.base import HISTOGRAM_BINS, Inserted, Method
 from hf_approx.methods.budget import Group, Scope, global_top_k, plan, top_masks
 from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.latent import latent_of
@@ -55,6 +55,11 @@ class ContinuousSparsification(Method):
     def masks(self) -> list[SigmoidMask]:
         """The mask of every target, in the model's order."""
         return [*self.block_masks.values(), *(cast(SigmoidMask, stage) for stage in self.stages.values())]
+
+    @property
+    def inserted(self) -> list[Inserted]:
+        """The masks on layers."""
+        return list(self.block_masks.values())
 
     @property
     def target_names(self) -> list[str]:

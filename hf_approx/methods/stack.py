@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from hf_approx.checkpoint import attach_packing
@@ -13,10 +15,14 @@ from hf_approx.finite import Named, refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.base import Method, MethodConfig, method_configs
 from hf_approx.methods.latent import Latent, every_latent
+from hf_approx.methods.sharing import DDP_IGNORES
 from hf_approx.optim import CompositeOptimizer
 from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
+
+TAKEN = "hf_approx_steps"
+"""What a bound optimizer's state has beside that of others."""
 
 
 class MethodStack:
@@ -115,8 +121,49 @@ class MethodStack:
         for latent in self.latents:
             latent.write()
 
+    def advance_round(self, round_: int, rounds: int, progress: float) -> None:
+        """As `advance`, in a round of a ticket search.
+
+        Args:
+            round_: Which round, from 0.
+            rounds: How many there are.
+            progress: From 0 at the first step of the round to less than 1 at its last.
+        """
+        for method in self.methods:
+            method.on_round_step(round_, rounds, progress)
+        self.write()
+
+    def end_round(self, round_: int, rounds: int, legacy: bool = False) -> bool:
+        """Make ready for the next round of a ticket search or, after the last, for `settle`.
+
+        Args:
+            round_: The round that ended, from 0.
+            rounds: How many there are.
+            legacy: Follow the published script where it departs from the paper.
+
+        Returns:
+            Whether the next round starts from the early weights again.
+        """
+        rewinds = [method.end_round(round_, rounds, legacy) for method in self.methods]
+        self.write()
+        return any(rewinds)
+
+    @torch.no_grad()
     def begin(self) -> None:
-        """Make ready for training where the model is now: all processes go on from what the first one has."""
+        """Make ready for training where the model is now: all processes go on from what the first one has.
+
+        `DistributedDataParallel` gives every process the model of the first one, but it knows nothing of what is
+        trained in the place of weights: call this once it has wrapped the model, on all processes.
+        """
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # What accelerate takes for a single process trains on its own.
+        if several and PartialState().num_processes > 1:
+            for latent in self.latents:
+                latent.follow()
+            ignored = getattr(self.model, DDP_IGNORES, ())
+            left_alone = [param for name, param in self.model.named_parameters() if name in ignored]
+            for tensor in [*self.tensors().values(), *left_alone]:
+                _take_from_first(tensor)
         self.write()
 
     def before_step(self, scale: float = 1.0) -> None:
@@ -170,11 +217,16 @@ class MethodStack:
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """Within, the model computes with the trained weights themselves, as if no method was there."""
+        inserted = [module for method in self.methods for module in method.inserted]
+        for module in inserted:
+            module.bypassed = True
         for latent in self.latents:
             latent.write(bare=True)
         try:
             yield
         finally:
+            for module in inserted:
+                module.bypassed = False
             self.write()
 
     @property
@@ -313,10 +365,30 @@ class BoundOptimizer(CompositeOptimizer):
         self.taken += 1
         self.stack.after_step(self._progress())
 
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; also how many steps were taken."""
+        return {**super().state_dict(), TAKEN: self.taken}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned; the schedules are where `MethodStack.load_state_dict` puts them."""
+        state_dict = state_dict.copy()
+        self.taken = state_dict.pop(TAKEN, 0)
+        super().load_state_dict(state_dict)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As of any optimizer; also forgets the gradients of effective weights."""
         super().zero_grad(set_to_none)
         self.stack.zero_grad()
+
+
+def _take_from_first(tensor: Tensor) -> None:
+    """Copy a tensor from the first process to all others; one that is split over them is nobody's alone."""
+    if isinstance(tensor, DTensor) or not tensor.numel():
+        return
+    values = tensor.detach().reshape(-1).contiguous()
+    # Not every backend sends every dtype, and all send bytes.
+    torch.distributed.broadcast(values.view(torch.uint8), 0)
+    tensor.copy_(values.view_as(tensor))
 
 
 def attach(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig]) -> MethodStack:
