@@ -147,11 +147,17 @@ class _RoundSchedule(TrainerCallback):
         batches = len(cast(DataLoader[Any], train_dataloader)) if has_length(train_dataloader) else None
         epoch = state.max_steps if batches is None else math.ceil(batches / args.gradient_accumulation_steps)
         self.rounds.start_training(epoch, state.max_steps)
+        self.rounds.stack.begin()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.rounds.before_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rounds.stack.after_step()
 
 
 class _TrainerRounds(Rounds):
@@ -161,7 +167,7 @@ class _TrainerRounds(Rounds):
     steps = 0
 
     def __init__(self, trainer: TicketTrainer, config: TicketConfig) -> None:
-        super().__init__(trainer._plain_model, trainer.methods[0], config)
+        super().__init__(trainer.stack, config)
         self.trainer = trainer
         self.ignore_keys: list[str] | None = None
 
@@ -187,7 +193,7 @@ class _TrainerRounds(Rounds):
         return values[key] if args.greater_is_better else -values[key]
 
     def _finalize(self) -> list[str]:
-        names = [f"{name}.weight" for name in self.method.modules]
+        names = [target.name for target in self.method.targets.values()]
         self.trainer.about.setdefault("steps", self.steps)
         report = self.trainer.finalize()
         self.trainer.log({f"approx/{name}": value for name, value in report["totals"].items()})

@@ -12,7 +12,7 @@ from common import RunConfig
 from config_files import ConfigError, build
 from gan_networks import Discriminator, Generator, GeneratorConfig
 from hf_approx import AvaGrad, AvaGradConfig
-from hf_approx.methods import Method, MethodConfig
+from hf_approx.methods import MethodConfig, MethodStack, attach
 from hf_approx.packing import dtype_from_name
 
 SMOKE = [
@@ -162,20 +162,20 @@ class GanRecipe:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{network}_optimizer: {error}") from None
 
-    def generator(self, compressed: bool) -> tuple[Generator, list[Method]]:
-        """A fresh generator, and the methods at work on it."""
+    def generator(self, compressed: bool) -> MethodStack:
+        """The methods at work on a fresh generator."""
         sizes = ("latent_size", "width", "image_size", "num_channels")
         model = Generator(GeneratorConfig(**{name: getattr(self, name) for name in sizes}))
         configs = self.data.methods() if compressed else []
-        return model, _attach(model, configs, "approx")
+        return _attach(model, configs, "approx")
 
-    def discriminator(self, compressed: bool) -> tuple[Discriminator, list[Method]]:
-        """The same for the discriminator; its weights are normalized after what methods make of them."""
+    def discriminator(self, compressed: bool) -> MethodStack:
+        """The same for a discriminator; its weights are normalized after what methods make of them."""
         model = Discriminator(self.discriminator_width, self.image_size, self.num_channels)
         configs = RunConfig(dataset={}, approx=self.discriminator_approx).methods() if compressed else []
-        methods = _attach(model, configs, "discriminator_approx")
+        stack = _attach(model, configs, "discriminator_approx")
         model.normalize()
-        return model, methods
+        return stack
 
 
 LEAST = {
@@ -195,15 +195,11 @@ LEAST = {
 """Whole numbers of the config, and the smallest that each can be."""
 
 
-def _attach(model: nn.Module, configs: list[MethodConfig], where: str) -> list[Method]:
-    methods: list[Method] = []
-    for config in configs:
-        method = config.build()
+def _attach(model: nn.Module, configs: list[MethodConfig], where: str) -> MethodStack:
+    for method in [config.build() for config in configs]:
         if method.resizes or method.shares:
             raise ConfigError(f"{where}: {method.name} changes which weights there are; this recipe cannot use it.")
-        try:
-            method.attach(model, methods)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        methods.append(method)
-    return methods
+    try:
+        return attach(model, configs)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -13,19 +13,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed, tqdm
 from torch import Tensor, nn
 from torch.nn.functional import relu
-from torch.optim import Adam
 from torch.optim.lr_scheduler import LambdaLR
 
 from config_files import ConfigError
 from gan_config import GanRecipe
 from gan_networks import Generator
-from hf_approx.finite import NotFiniteError, refuse_not_finite
+from hf_approx.finite import NotFiniteError
 from hf_approx.loops.states import MARK, begin_state, end_state, saved_states
-from hf_approx.methods import Method
-from hf_approx.optim import CompositeOptimizer
+from hf_approx.methods import MethodStack
 
 BATCH = 256
 """Images that are generated at once where nothing is trained."""
+
+STATE_VERSION = 2
+"""Of the states a training goes on from."""
 
 DISCRIMINATOR, GENERATOR, SAMPLES = range(3)
 """What random numbers are for: steps of the discriminator, of the generator, or images to look at."""
@@ -65,43 +66,27 @@ class Player:
 
     Args:
         name: `"generator"` or `"discriminator"`.
-        model: The network, its methods attached.
-        methods: In their order.
+        stack: The methods at work on the network.
         steps: How many it takes.
         config: Of the run.
         accelerator: Of this training alone.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        methods: list[Method],
-        steps: int,
-        config: GanRecipe,
-        accelerator: Accelerator,
-    ) -> None:
-        self.methods, self.steps, self.accelerator = methods, steps, accelerator
-        groups = [group for method in methods for group in method.param_groups()]
-        own = {id(param) for group in groups for param in group["params"]}
-        self.trained = [param for param in model.parameters() if param.requires_grad]
-        weights = config.optimizer(name, [param for param in self.trained if id(param) not in own])
-        optimizer = CompositeOptimizer(weights, *([Adam(groups)] if groups else []))
+    def __init__(self, name: str, stack: MethodStack, steps: int, config: GanRecipe, accelerator: Accelerator) -> None:
+        self.name, self.stack, self.accelerator = name, stack, accelerator
+        self.plain = stack.model
+        self.trained = [param for param in self.plain.parameters() if param.requires_grad]
+        optimizer = stack.bind(config.optimizer(name, stack.parameters()), steps)
         self.scheduler = LambdaLR(optimizer, lambda step: 1 - step / steps)
-        self.plain = model
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.plain, optimizer)
+        stack.begin()
         # Prepared, it would take a step for every process.
         accelerator.register_for_checkpointing(self.scheduler)
 
     def step(self, index: int, loss: Callable[[int], Tensor]) -> Tensor:
         """Take step `index`, from 0, whose loss that of the index is; returns it, without penalties."""
-        for method in self.methods:
-            method.on_step(index / max(self.steps - 1, 1))
         value = loss(index)
-        penalties = [p for p in (method.penalty() for method in self.methods) if p is not None]
-        self.accelerator.backward(sum(penalties, start=value))
-        for method in self.methods:
-            method.on_gradients()
+        self.accelerator.backward(value)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -151,18 +136,18 @@ class Game:
         if self.accelerator.mixed_precision == "fp16" or self.accelerator.gradient_accumulation_steps != 1:
             raise ConfigError("This recipe trains with bf16 or no mixed precision, and no gradient accumulation.")
         set_seed(config.seed)
-        model, methods = config.generator(compressed)
-        self.generator = Player("generator", model, methods, config.steps, config, self.accelerator)
-        critic, methods = config.discriminator(compressed)
-        steps = config.steps * config.n_critic
-        self.discriminator = Player("discriminator", critic, methods, steps, config, self.accelerator)
+        self.generator = Player("generator", config.generator(compressed), config.steps, config, self.accelerator)
+        critic, steps = config.discriminator(compressed), config.steps * config.n_critic
+        self.discriminator = Player("discriminator", critic, steps, config, self.accelerator)
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self.losses: dict[str, Tensor] = {}
         self.accelerator.register_for_checkpointing(self)
         if resume and (state := self._newest()) is not None:
             if (state / MARK).read_text(encoding="utf-8") != self._identity():
-                raise ConfigError(f"--resume: {state} is of another config; resume with the one it was started with.")
+                raise ConfigError(
+                    f"--resume: {state} is of another config or version; resume with those it was started with."
+                )
             self.accelerator.load_state(str(state))
 
     def _random(self, purpose: int, index: int) -> torch.Generator:
@@ -217,8 +202,8 @@ class Game:
         for i in range(config.n_critic):
             turn = self.step * config.n_critic + i
             self.losses["discriminator"] = self.discriminator.step(turn, self._discriminator_loss)
-        self.losses["generator"] = self.generator.step(self.step, self._generator_loss)
         self.step += 1
+        self.losses["generator"] = self.generator.step(self.step - 1, self._generator_loss)
         bar.update()
         last = self.step == config.steps
         if self.step % config.evaluate_every == 0 or last:
@@ -227,15 +212,16 @@ class Game:
             self._save()
 
     def _refuse_diverged(self) -> None:
-        refuse_not_finite("generator", self.generator.plain)
-        refuse_not_finite("discriminator", self.discriminator.plain)
+        for player in (self.generator, self.discriminator):
+            player.stack.refuse_diverged(player.name)
 
     def _evaluate(self, bar: tqdm) -> None:
         """Measure the generator without noise and add that to the curve."""
         self._refuse_diverged()
         if self.accelerator.is_main_process:
-            found = self.distance(generate(self.generator.plain, self.config.samples))
-            numbers = [method.metrics() for method in self.generator.methods]
+            with self.generator.stack.evaluating():
+                found = self.distance(generate(self.generator.plain, self.config.samples))
+            numbers = [method.metrics() for method in self.generator.stack.methods]
             losses = {f"{name}_loss": float(loss) for name, loss in self.losses.items()}
             self.curve.append(
                 {"step": self.step, "distance": found, **losses, **{k: v for each in numbers for k, v in each.items()}}
@@ -246,15 +232,14 @@ class Game:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that is in neither network nor optimizer."""
-        methods = [[m.state_dict() for m in player.methods] for player in (self.generator, self.discriminator)]
-        return {"step": self.step, "curve": self.curve, "methods": methods}
+        stacks = [player.stack.state_dict() for player in (self.generator, self.discriminator)]
+        return {"step": self.step, "curve": self.curve, "stacks": stacks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.step, self.curve = state["step"], state["curve"]
-        for player, saved in zip((self.generator, self.discriminator), state["methods"], strict=True):
-            for method, own in zip(player.methods, saved, strict=True):
-                method.load_state_dict(own)
+        for player, saved in zip((self.generator, self.discriminator), state["stacks"], strict=True):
+            player.stack.load_state_dict(saved)
 
     def _save(self) -> None:
         """Write the state, then delete older ones."""
@@ -281,4 +266,5 @@ class Game:
     def _identity(self) -> str:
         """What a state must have in common with the training that goes on from it."""
         config = {k: v for k, v in asdict(self.config).items() if k not in ("save_every", "baseline", "card")}
-        return json.dumps({"config": config, "processes": self.accelerator.num_processes}, sort_keys=True)
+        identity = {"config": config, "processes": self.accelerator.num_processes, "version": STATE_VERSION}
+        return json.dumps(identity, sort_keys=True)

@@ -120,7 +120,8 @@ class DownBlock(nn.Module):
 class Discriminator(nn.Module):
     """Tells images from generated ones.
 
-    Call `normalize` once before training: the spectral norm is that of what other parametrizations make of a weight.
+    Call `normalize` once before training, after methods were attached: the spectral norm is that of what they make of
+    a weight.
 
     Args:
         width: Channels of every block.

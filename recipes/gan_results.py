@@ -17,15 +17,14 @@ from common import console, weight_bytes, write_json
 from gan_config import GanRecipe
 from gan_game import generate
 from gan_networks import Generator
-from hf_approx import AvaGradConfig, attach_packing
+from hf_approx import AvaGradConfig
 from hf_approx.cards import write_card
 from hf_approx.files import replacing
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.layout import REPORT_FILE
-from hf_approx.methods import Method
-from hf_approx.packing import Grid
+from hf_approx.methods import MethodStack
 from hf_approx.plots import load_pyplot, plot_layers, save_figure
-from hf_approx.report import describe_layers, labels
+from hf_approx.report import describe_layers
 from hf_approx.staging import staged
 
 GRID = 10
@@ -41,23 +40,19 @@ NOTE = (
 )
 
 
-def finalize(model: Generator, methods: list[Method], config: GanRecipe) -> dict[str, Any]:
+def finalize(stack: MethodStack, config: GanRecipe) -> dict[str, Any]:
     """Bake the methods into the generator and make it save packed; without methods it stays as it is.
 
     Returns:
         What was done, as `ApproxTrainer.approx_report` has it.
     """
     report: dict[str, Any] = {}
-    for method in methods:
-        method.settle()
-    if methods:
-        named = zip(labels(methods), methods, strict=True)
-        report["methods"] = [{"label": n, **m.report(), "settings": asdict(m.config)} for n, m in named]
-        # A later method bakes the whole stack.
-        names = list(dict.fromkeys(name for method in reversed(methods) for name in method.bake()))
-        grids: dict[str, Grid] = {name: grid for method in methods for name, grid in method.grids.items()}
-        attach_packing(model, names, config.store_dtype, grids)
-        report.update(describe_layers(dict(model.named_parameters()), names, grids))
+    if stack.methods:
+        stack.settle()
+        methods = stack.labelled().items()
+        report["methods"] = [{"label": n, **m.report(), "settings": asdict(m.config)} for n, m in methods]
+        names = stack.finalize(config.store_dtype)
+        report.update(describe_layers(dict(stack.model.named_parameters()), names, stack.grids))
     optimizer = config.optimizer_config("generator")
     if isinstance(optimizer, AvaGradConfig):
         report["optimizer"] = {"method": "avagrad", **optimizer.kwargs()}

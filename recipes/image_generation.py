@@ -100,7 +100,7 @@ class Experiment:
         """Train, save under `name`, and measure what was saved; empty on other processes than the first."""
         game, folder = self.games[name], self.output_dir / name
         model = game.train().to("cpu")
-        report = finalize(model, game.generator.methods, self.config)
+        report = finalize(game.generator.stack, self.config)
         if self.measure is None:
             return {}
         images = generate(model, self.config.samples)

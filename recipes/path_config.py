@@ -10,7 +10,7 @@ from torch.optim import Adam, Optimizer
 from config_files import ConfigError, build
 from grid_paths import GridPaths
 from hf_approx import AvaGrad, AvaGradConfig, SharingConfig
-from hf_approx.methods import Method
+from hf_approx.methods import MethodStack, attach
 from path_network import GROUPS, PathNetwork
 
 SMOKE = [
@@ -65,7 +65,7 @@ class Competitor:
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"lr must be a number above 0, got {self.lr!r}.")
         self.optimizer([nn.Parameter(torch.zeros(1))])
-        self.method()
+        self.methods()
 
     def optimizer(self, params: list[nn.Parameter]) -> Optimizer:
         """Of the weights."""
@@ -73,14 +73,14 @@ class Competitor:
             return Adam(params, lr=self.lr or 0.0)
         return AvaGrad(params, **build(AvaGradConfig, self.avagrad, "avagrad").kwargs())
 
-    def method(self) -> Method | None:
-        """Soft sharing, all layers in one bank, from scratch."""
+    def methods(self) -> list[SharingConfig]:
+        """Soft sharing, all layers in one bank, from scratch; nothing for independent layers."""
         if self.sharing is None:
-            return None
+            return []
         config = build(SharingConfig, self.sharing, "sharing")
         if config.groups is not None or config.target_modules is not None:
             raise ValueError("sharing: all layers have one bank; leave out groups and target_modules.")
-        return replace(config, groups=GROUPS, init="random").build()
+        return [replace(config, groups=GROUPS, init="random")]
 
 
 @dataclass
@@ -151,14 +151,11 @@ class PathRecipe:
             raise ConfigError("networks must map names to options, at least one.")
         return {name: build(Competitor, options, f"networks.{name}") for name, options in self.networks.items()}
 
-    def network(self, name: str) -> tuple[PathNetwork, Method | None]:
-        """A fresh network, and the method at work on it."""
+    def network(self, name: str) -> MethodStack:
+        """The methods at work on a fresh network."""
         competitor = self.competitors[name]
         width = self.width if competitor.width is None else competitor.width
-        model, method = PathNetwork(width, self.layers), competitor.method()
-        if method is not None:
-            method.attach(model)
-        return model, method
+        return attach(PathNetwork(width, self.layers), competitor.methods())
 
 
 def _positive(config: Any, *names: str) -> None:

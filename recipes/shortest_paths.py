@@ -15,13 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from common import command_line, overrides, say_saved, write_json
 from config_files import read_yaml
 from hf_approx import fold, layer_similarity
-from hf_approx.optim import CompositeOptimizer
 from path_config import SMOKE, PathRecipe
 from path_results import scores, show, summarize, write_plots
 
@@ -57,16 +55,15 @@ class Experiment:
         """Train one network, its learning rates falling to zero along a cosine; returns it with its learning curve."""
         config, accelerator = self.config, self.accelerator
         set_seed(seed)
-        model, method = config.network(name)
-        groups = [] if method is None else method.param_groups()
-        own = {id(param) for group in groups for param in group["params"]}
-        weights = config.competitors[name].optimizer([p for p in model.parameters() if id(p) not in own])
-        optimizer = CompositeOptimizer(weights, *([Adam(groups)] if groups else []))
+        methods = config.network(name)
+        model = methods.model
         total = sum(stage.steps for stage in config.stages)
+        optimizer = methods.bind(config.competitors[name].optimizer(methods.parameters()), total)
         scheduler = CosineAnnealingLR(optimizer, total)
         # The order in which convolutions of few channels are fastest.
         model.to(memory_format=torch.channels_last)
         prepared, optimizer = accelerator.prepare(model, optimizer)
+        methods.begin()
         generator = torch.Generator().manual_seed(seed * accelerator.num_processes + accelerator.process_index)
         bar = tqdm(total=total, desc=f"{name}, seed {seed}", disable=not accelerator.is_local_main_process)
         step = 0
@@ -78,10 +75,6 @@ class Experiment:
                 part = slice(i % CHUNK * config.batch_size, (i % CHUNK + 1) * config.batch_size)
                 prepared.train()
                 loss = self.loss(prepared, inputs[part], targets[part])
-                if method is not None:
-                    method.on_step(step / max(total - 1, 1))
-                    penalty = method.penalty()
-                    loss = loss if penalty is None else loss + penalty
                 accelerator.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -93,6 +86,7 @@ class Experiment:
                     bar.set_postfix(f1=curve[-1]["trained"]["f1"])
         bar.close()
         model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        methods.bake()
         accelerator.free_memory()
         return model, {"parameters": sum(p.numel() for p in model.parameters()), "curve": curve}
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 from fresh import ALL, Forks, job
 from hf_approx import ApproxTrainer
 from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
+from hf_approx.methods.latent import every_latent
 from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,14 @@ def make_trainer(name, folder, approx=(), model=None, optimizer=None, size=32, e
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def trained(model):
+    """Its state with what is trained in the place of weights under their names, and what methods keep beside that."""
+    state = weights(model)
+    for latent in every_latent(model):
+        state.update((name, tensor.detach().clone()) for name, tensor in latent.tensors())
+    return state
 
 
 def edit_packing(folder, change):

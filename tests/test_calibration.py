@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
@@ -18,6 +17,7 @@ from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.distillation import Divergence
 from hf_approx.methods import smol
+from hf_approx.methods.latent import every_latent
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
 
@@ -79,7 +79,7 @@ def test_the_better_model_is_taken_and_measured_by_its_divergence_from_the_dense
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), nearest.parameters(), strict=True)) == (
         taken == "rounded"
     )
-    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+    assert not list(every_latent(model))
     measured = result.calibrated if taken == "calibrated" else result.rounded
     inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
     with torch.no_grad():

@@ -171,10 +171,14 @@ def test_the_summary_has_the_last_scores_of_every_seed():
 
 def test_the_shared_network_is_the_independent_one_with_a_bank():
     config = read_yaml(PathRecipe, CONFIG, SMOKE)
-    plain, none = config.network("independent")
-    shared, _ = config.network("shared")
-    assert none is None
+    independent, sharing = config.network("independent"), config.network("shared")
+    plain, shared = independent.model, sharing.model
+    assert independent.methods == []
     assert type(plain) is type(shared) is PathNetwork
+    x = draw(6, 3, (1, 4))[0]
+    with torch.no_grad():
+        trained = shared.eval()(x)
+    sharing.bake()
     weight = plain.layers[0].conv.weight.numel()
     templates = config.competitors["shared"].sharing["templates"]
     fewer = (config.layers - templates) * weight - config.layers * templates
@@ -182,15 +186,15 @@ def test_the_shared_network_is_the_independent_one_with_a_bank():
     plain.load_state_dict({n: t for n, t in shared.state_dict().items() if n in plain.state_dict()}, strict=False)
     for own, mixed in zip(plain.layers, shared.layers, strict=True):
         own.conv.weight.data.copy_(mixed.conv.weight)
-    x = draw(6, 3, (1, 4))[0]
     with torch.no_grad():
-        torch.testing.assert_close(plain.eval()(x), shared.eval()(x))
+        torch.testing.assert_close(plain.eval()(x), shared(x))
+        torch.testing.assert_close(trained, shared(x))
 
 
 def test_a_network_may_have_a_width_of_its_own():
     config = read_yaml(PathRecipe, CONFIG, [*SMOKE, "networks.narrow={lr: 0.1, width: 3}"])
-    assert config.network("narrow")[0].layers[1].conv.weight.shape == (3, 3, 3, 3)
-    assert config.network("independent")[0].layers[1].conv.weight.shape == (4, 4, 3, 3)
+    assert config.network("narrow").model.layers[1].conv.weight.shape == (3, 3, 3, 3)
+    assert config.network("independent").model.layers[1].conv.weight.shape == (4, 4, 3, 3)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import ROOT, assert_same_weights, launch
+from helpers import ROOT, assert_same_weights, launch, trained
 from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from hf_approx.loops import Ticket, TicketConfig, TicketSearch, pareto_front, search_in_parallel
 
@@ -88,13 +88,14 @@ def test_temperature_rises_anew_in_every_round():
 
 
 class Snoop:
-    """A metric that also keeps the state of the model at every call."""
+    """A metric that also keeps, at every call, what is trained and the state of the model."""
 
     def __init__(self):
-        self.states = []
+        self.trained, self.states = [], []
 
     def __call__(self, model):
         assert not model.training
+        self.trained.append(trained(model))
         self.states.append({n: t.detach().clone() for n, t in model.state_dict().items()})
         return float(len(self.states))
 
@@ -106,9 +107,14 @@ def test_b4_the_ticket_starts_from_the_exact_early_weights(method):
     run = search(TicketConfig(method=method, rounds=2, epochs=2, rewind_step=2), snoop)
     ticket = run.run()
     early, untrained = run.early, snoop.states[2]
+    assert early.keys() == untrained.keys() == build().state_dict().keys()
     assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= early.keys()
     assert int(early["1.num_batches_tracked"]) == 2
-    assert all(torch.equal(untrained[name], tensor) for name, tensor in early.items())
+    assert all(torch.equal(snoop.trained[2][name], tensor) for name, tensor in early.items())
+    scale = 1 if method is IMP else 2  # what `scale_mask` makes of scores that start at zero
+    for name, tensor in early.items():
+        made = torch.where(untrained[name] == 0, 0, scale * tensor) if name in ticket.names else tensor
+        assert torch.equal(untrained[name], made), name
     assert ticket.supermask == 3.0
     assert [entry["metric"] for entry in ticket.history] == [1.0, 2.0, 4.0]
 
@@ -148,11 +154,10 @@ def test_a_supermask_of_a_model_without_other_parameters():
 def test_weights_go_on_between_rounds_of_continuous_sparsification():
     snoop = Snoop()
     run = search(TicketConfig(method=cs(), rounds=2, epochs=1), snoop)
-    before = copy.deepcopy(run.plain.state_dict())
+    before = trained(run.plain)
     run.run()
-    name = "0.parametrizations.weight.original"
-    assert not torch.equal(snoop.states[0][name], before[name])
-    assert not torch.equal(snoop.states[1][name], snoop.states[0][name])
+    assert not torch.equal(snoop.trained[0]["0.weight"], before["0.weight"])
+    assert not torch.equal(snoop.trained[1]["0.weight"], snoop.trained[0]["0.weight"])
 
 
 def test_b5_pruned_weights_stay_zero_while_the_ticket_trains():
@@ -204,6 +209,15 @@ def test_a_search_does_not_go_on_from_another(tmp_path, other):
     with pytest.raises(ValueError, match="holds a search with another config"):
         search(TicketConfig(**{**options, **other}), checkpoint=tmp_path, model=model)
     assert_same_weights(model.state_dict(), build().state_dict())
+
+
+def test_a_search_does_not_go_on_from_that_of_another_version(tmp_path):
+    config = TicketConfig(method=cs(target_sparsity=0.5), rounds=1, epochs=1)
+    search(config, checkpoint=tmp_path).run()
+    mark = tmp_path / "round-1" / "complete"
+    mark.write_text(json.dumps({k: v for k, v in json.loads(mark.read_text()).items() if k != "version"}))
+    with pytest.raises(ValueError, match="holds a search of another version of hf_approx"):
+        search(config, checkpoint=tmp_path)
 
 
 def test_half_a_checkpoint_is_not_used(tmp_path):

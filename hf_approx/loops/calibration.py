@@ -6,8 +6,8 @@ this project's way to use SMOL on models that cannot be trained again, and not i
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from hf_approx.finite import NotFiniteError, refuse_not_finite
 from hf_approx.loops.distillation import Fidelity, Outputs
-from hf_approx.methods import Smol, SmolConfig
+from hf_approx.methods import MethodStack, Smol, SmolConfig
 from hf_approx.packing import Grid
 
 STEPS = 200
@@ -107,22 +107,19 @@ def calibrate(
         rounded = None
         if held_out is not None and config.target_bits is not None:
             rounded = _rounded(model, config, held_out, accelerator)
-        method = config.build()
-        method.attach(model)
+        stack = MethodStack(model, config)
         try:
-            trained = _train(method, model, loader, steps, accelerator)
-            calibrated = None if held_out is None else _measure(method, trained, held_out, accelerator)
+            trained = _train(stack, model, loader, steps, accelerator)
+            calibrated = None if held_out is None else _measure(stack, trained, held_out, accelerator)
         except BaseException:
-            method.detach()
+            stack.detach()
             raise
         # A loss that is no number is worse than any.
         worse = calibrated is not None and rounded is not None and not calibrated.loss <= rounded.loss
         if worse and not config.activations:
-            method.detach()
+            stack.detach()
             return replace(round_weights(model, config), rounded=rounded, calibrated=calibrated)
-        bits = method.metrics()["bits"]
-        names = method.finalize()
-    return Calibration(names, method.grids, bits, rounded, calibrated, "calibrated")
+        return _baked(stack, "calibrated", rounded, calibrated)
 
 
 def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> Calibration:
@@ -144,11 +141,31 @@ def round_weights(model: PreTrainedModel, config: SmolConfig | None = None) -> C
         raise ValueError(
             "round_weights: the limits of inputs are learned from data; set activations=False, or use calibrate."
         )
-    method = Smol(config, trains=False)
-    method.attach(model)
-    method.settle()
-    bits = method.metrics()["bits"]
-    return Calibration(method.finalize(), method.grids, bits, None, None, "rounded")
+    stack = MethodStack(model, _rounding(config))
+    stack.settle()
+    return _baked(stack, "rounded")
+
+
+class _Rounding(SmolConfig):
+    """SMOL without any training."""
+
+    def build(self) -> Smol:
+        """A method that is settled as soon as it is attached."""
+        return Smol(self, trains=False)
+
+
+def _rounding(config: SmolConfig) -> _Rounding:
+    return _Rounding(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+
+def _baked(
+    stack: MethodStack,
+    taken: Literal["rounded", "calibrated"],
+    rounded: Fidelity | None = None,
+    calibrated: Fidelity | None = None,
+) -> Calibration:
+    bits = stack.methods[0].metrics()["bits"]
+    return Calibration(stack.bake(), stack.grids, bits, rounded, calibrated, taken)
 
 
 def _check_config(where: str, config: Any) -> None:
@@ -179,41 +196,28 @@ def _borrowed(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def _dense(method: Smol) -> Iterator[None]:
-    """Within, the model computes with its own weights and inputs."""
-    makers = [*method.parametrizations.values(), *method.activations.values()]
-    with ExitStack() as stack:
-        for maker in makers:
-            stack.enter_context(maker.register_forward_hook(lambda _, args, output: args[0]))
-            stack.callback(maker.train, maker.training)
-            maker.eval()
-        yield
-
-
 def _train(
-    method: Smol, model: PreTrainedModel, loader: DataLoader[Any], steps: int, accelerator: Accelerator
+    stack: MethodStack, model: PreTrainedModel, loader: DataLoader[Any], steps: int, accelerator: Accelerator
 ) -> nn.Module:
     """Train limits and scales; returns the model as accelerate prepared it."""
     # Noise without dropout: of the whole model only what makes noise is in training mode.
-    for maker in (*method.parametrizations.values(), *method.activations.values()):
+    for maker in stack.methods[0].inserted:
         maker.train()
-    groups = method.param_groups()
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(stack.param_groups())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     prepared, loader, optimizer = accelerator.prepare(model, loader, optimizer)
+    stack.begin()
     outputs = Outputs(model)
     batches = _repeated(loader)
     bar = tqdm(total=steps, desc="calibration", disable=not accelerator.is_local_main_process)
     for step in range(steps):
         batch = next(batches)
-        method.on_step(step / (steps - 1))
-        with torch.no_grad(), _dense(method):
+        with torch.no_grad(), stack.bypassed():
             wanted = outputs.rows(prepared, batch)
+        stack.advance(step / (steps - 1))
         loss = outputs.loss(outputs.rows(prepared, batch), wanted)
-        penalty = method.penalty()
-        accelerator.backward(loss if penalty is None else loss + penalty)
-        method.on_gradients()
+        accelerator.backward(loss)
+        stack.before_step()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -224,12 +228,12 @@ def _train(
                 "SmolConfig smaller learning rates, or look for inputs that are not finite."
             )
         if accelerator.trackers:
-            numbers = {"loss": value, **method.metrics()}
+            numbers = {"loss": value, **stack.methods[0].metrics()}
             accelerator.log({f"calibration/{name}": value for name, value in numbers.items()}, step=step)
         bar.set_postfix(loss=f"{value:.4g}", refresh=False)
         bar.update()
     bar.close()
-    method.settle()
+    stack.settle()
     return cast(nn.Module, prepared)
 
 
@@ -249,21 +253,20 @@ def _rounded(
     model: PreTrainedModel, config: SmolConfig, held_out: DataLoader[Any], accelerator: Accelerator
 ) -> Fidelity:
     """How well the model does if its weights are only rounded, to as many bits."""
-    method = Smol(replace(config, activations=False), trains=False)
-    method.attach(model)
+    stack = MethodStack(model, _rounding(replace(config, activations=False)))
     try:
-        method.settle()
-        return _measure(method, accelerator.prepare(model), held_out, accelerator)
+        stack.settle()
+        return _measure(stack, accelerator.prepare(model), held_out, accelerator)
     finally:
-        method.detach()
+        stack.detach()
 
 
 @torch.no_grad()
-def _measure(method: Smol, model: nn.Module, held_out: DataLoader[Any], accelerator: Accelerator) -> Fidelity:
+def _measure(stack: MethodStack, model: nn.Module, held_out: DataLoader[Any], accelerator: Accelerator) -> Fidelity:
     """Compare with the model's own weights, batch by batch."""
     outputs = Outputs(accelerator.unwrap_model(model))
     for batch in accelerator.prepare(held_out):
-        with _dense(method):
+        with stack.bypassed():
             wanted = outputs.rows(model, batch)
         outputs.add(outputs.rows(model, batch), wanted, accelerator)
     return outputs.total()

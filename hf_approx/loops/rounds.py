@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_approx.finite import refuse_not_finite
 from hf_approx.loops.states import MARK, saved_states
-from hf_approx.methods import Method, MethodConfig, SparsificationConfig
+from hf_approx.methods import MethodConfig, MethodStack, SparsificationConfig
+
+STATE_VERSION = 2
+"""Of the states that searches go on from; those of others do not fit."""
 
 
 @dataclass
@@ -100,19 +102,19 @@ class Ticket:
 class Rounds(ABC):
     """Where a search stands, and what happens between its trainings.
 
-    A subclass trains, evaluates, saves and finalizes. At the start of every training it calls `start_training`, and
-    before every optimizer step `before_step`.
+    A subclass trains, evaluates, saves and finalizes. At the start of every training it calls `start_training`, before
+    every step `before_step` and, once the optimizers have made theirs, the stack's `after_step`.
 
     Args:
-        model: To search in, with the method attached.
-        method: Of the config.
+        stack: The method of the config, at work on the model to search in.
         config: How to search.
     """
 
-    def __init__(self, model: nn.Module, method: Method, config: TicketConfig) -> None:
-        self.plain, self.method, self.config = model, method, config
-        groups = method.param_groups()
-        self.scores = [param for group in groups for param in group["params"]]
+    def __init__(self, stack: MethodStack, config: TicketConfig) -> None:
+        self.stack, self.config = stack, config
+        (self.method,) = stack.methods
+        self.plain = stack.model
+        groups = stack.param_groups()
         self.mask_optimizer: Optimizer | None = None
         if groups and config.mask_optimizer == "sgd":
             self.mask_optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
@@ -155,11 +157,11 @@ class Rounds(ABC):
             if not self.early:
                 raise ValueError("The first round ended before the step whose weights the ticket starts from.")
             self._note({**self.method.metrics(), "metric": self._evaluate(), "loss": loss})
-            if self.method.end_round(self.round, rounds, legacy=self.config.reset == "legacy"):
+            if self.stack.end_round(self.round, rounds, legacy=self.config.reset == "legacy"):
                 self._rewind()
             self.round += 1
             self._save()
-        self.method.settle()
+        self.stack.settle()
         self._rewind()
         supermask = metric = self._evaluate()
         if trains := bool(self.weights()):
@@ -177,13 +179,12 @@ class Rounds(ABC):
     def _whole(self, name: str) -> float:
         """One training, after which every weight is finite; the state of the round before stays the last one else."""
         loss = self._train(name)
-        refuse_not_finite(f"Ticket search, {name}", self.plain)
+        self.stack.refuse_diverged(f"Ticket search, {name}")
         return loss
 
     def weights(self) -> list[nn.Parameter]:
         """What a task's optimizer trains: neither scores nor frozen weights."""
-        scores = {id(param) for param in self.scores}
-        return [param for param in self.plain.parameters() if param.requires_grad and id(param) not in scores]
+        return self.stack.parameters()
 
     def start_training(self, epoch_steps: int, steps: int) -> None:
         """Say how long the training is.
@@ -211,22 +212,20 @@ class Rounds(ABC):
             return
         if self.round == 0 and step == self._early_step:
             self._remember()
-        self.method.on_round_step(self.round, self.config.rounds, step / self._steps)
+        self.stack.advance_round(self.round, self.config.rounds, step / self._steps)
 
     def _remember(self) -> None:
-        """Copy weights and buffers (normalisation statistics too), but not the masks."""
-        masks = {
-            f"{module}.parametrizations.weight.0.{name}"
-            for module, mask in self.method.parametrizations.items()
-            for name in mask.state_dict()
-        }
-        self.early = {n: t.detach().clone() for n, t in self.plain.state_dict().items() if n not in masks}
+        """Copy the weights that are trained and buffers (normalisation statistics too), but not the masks."""
+        with self.stack.exposed():
+            self.early = {name: tensor.detach().clone() for name, tensor in self.plain.state_dict().items()}
 
     @torch.no_grad()
     def _rewind(self) -> None:
-        state = self.plain.state_dict()
+        with self.stack.exposed():
+            state = self.plain.state_dict()
         for name, tensor in self.early.items():
             state[name].copy_(tensor)
+        self.stack.write()
 
     def saved(self, folder: Path) -> Path | None:
         """The newest state in a folder that was written to its end.
@@ -235,32 +234,41 @@ class Rounds(ABC):
             ValueError: It is the state of another search.
         """
         states = saved_states(folder, "round")
-        if states and (states[-1] / MARK).read_text(encoding="utf-8") != self._identity():
+        if not states:
+            return None
+        there, here = json.loads((states[-1] / MARK).read_text(encoding="utf-8")), json.loads(self._identity())
+        if there.get("version", 1) != STATE_VERSION:
+            raise ValueError(
+                f"{folder} holds a search of another version of hf_approx, which this one cannot go on with; give "
+                "this search a folder of its own."
+            )
+        if there != here:
             raise ValueError(
                 f"{folder} holds a search with another config or other modules; give this one a folder of its own, or "
                 "go on with the config it was started with."
             )
-        return states[-1] if states else None
+        return states[-1]
 
     def _identity(self) -> str:
         """What a state must have in common with the search that goes on from it."""
-        identity = {"method": self.method.name, "config": asdict(self.config), "modules": list(self.method.modules)}
-        return json.dumps(identity, sort_keys=True)
+        modules = self.method.target_names
+        identity = {"method": self.method.name, "config": asdict(self.config), "modules": modules}
+        return json.dumps({**identity, "version": STATE_VERSION}, sort_keys=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that is not in the model."""
+        """The state that is not in the model's own."""
         optimizer = self.mask_optimizer
         return {
             "round": self.round,
             "history": self.history,
             "early": self.early,
-            "method": self.method.state_dict(),
+            "stack": self.stack.state_dict(),
             "mask_optimizer": None if optimizer is None else optimizer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.round, self.history, self.early = state["round"], state["history"], state["early"]
-        self.method.load_state_dict(state["method"])
+        self.stack.load_state_dict(state["stack"])
         if self.mask_optimizer is not None:
             self.mask_optimizer.load_state_dict(state["mask_optimizer"])

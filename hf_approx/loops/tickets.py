@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from hf_approx.files import torch_writes
 from hf_approx.loops.rounds import Rounds, Ticket, TicketConfig
 from hf_approx.loops.states import begin_state, end_state
+from hf_approx.methods import MethodStack
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Optimizers = Callable[[Iterable[nn.Parameter]], tuple[Optimizer, LRScheduler | None]]
@@ -64,16 +65,16 @@ class TicketSearch(Rounds):
             raise ValueError("TicketSearch: TicketConfig.epochs must be given.")
         self.epochs = config.epochs
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        method = config.method.build()
-        method.attach(model)
+        stack = MethodStack(model, config.method)
         self.model, self.dataloader = self.accelerator.prepare(model, dataloader)
-        super().__init__(model, method, config)
+        stack.begin()
+        super().__init__(stack, config)
         self.accelerator.register_for_checkpointing(self)
         if self.checkpoint is not None:
             try:
                 saved = self.saved(self.checkpoint)
             except ValueError:
-                method.detach()
+                stack.detach()
                 raise
             if saved is not None:
                 self.accelerator.load_state(str(saved))
@@ -92,12 +93,13 @@ class TicketSearch(Rounds):
             for batch in self.dataloader:
                 self.before_step(step)
                 loss = self.loss(self.model, batch)
-                penalty = self.method.penalty() if self.searching else None
-                self.accelerator.backward(loss if penalty is None else loss + penalty)
+                self.accelerator.backward(loss)
+                self.stack.before_step()
                 for each in (optimizer, self.mask_optimizer if self.searching else None):
                     if each is not None:
                         each.step()
                         each.zero_grad()
+                self.stack.after_step()
                 if scheduler is not None:
                     scheduler.step()
                 step += 1
@@ -115,7 +117,7 @@ class TicketSearch(Rounds):
         pair = isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], Optimizer)
         if not pair or not (made[1] is None or hasattr(made[1], "step")):
             # The model can be searched again, by a search with another function.
-            self.method.detach()
+            self.stack.detach()
             raise ValueError(
                 "TicketSearch: optimizers must return (optimizer, scheduler), or (optimizer, None) without one, "
                 f"got {type(made).__name__}."
@@ -127,7 +129,7 @@ class TicketSearch(Rounds):
         self.accelerator.log({f"ticket/{name}": value for name, value in numbers.items()}, step=len(self.history))
 
     def _finalize(self) -> list[str]:
-        return self.method.finalize()
+        return self.stack.bake()
 
     def _save(self) -> None:
         if self.checkpoint is None:

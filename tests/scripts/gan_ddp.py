@@ -25,7 +25,7 @@ if __name__ == "__main__":
         state = {
             "generator": game.generator.plain.state_dict(),
             "discriminator": game.discriminator.plain.state_dict(),
-            "bits": game.generator.methods[0].metrics()["bits"],
+            "bits": game.generator.stack.methods[0].metrics()["bits"],
             "batch": game.batch(3),
         }
         torch.save(state, folder / f"{name}-{game.accelerator.process_index}.pt")
