@@ -19,8 +19,7 @@ from hf_approx.checkpoint import ApproxConfig, keep_own_names, unfinished_allowe
 from hf_approx.files import torch_writes, write_text
 from hf_approx.layout import CARD_FILE, is_ours
 from hf_approx.logs import get_logger
-from hf_approx.methods import Method
-from hf_approx.methods import MethodStack
+from hf_approx.methods import Method, MethodStack
 from hf_approx.model_folder import weight_files
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.noise import NoiseLaw, draw
+from hf_approx.methods.noise import NoiseLaw, draw, noise_key
 from hf_approx.methods.precision import initial_limit
 from hf_approx.modules.activation import NAME as INSTALLED
 from hf_approx.modules.activation import ActivationQuantizer, install, quantized
@@ -54,7 +54,8 @@ class NoisyActivation(ActivationQuantizer):
         self.register_buffer("largest", torch.zeros(channels))
         self.register_buffer("curvature", torch.zeros(channels))
         self.law: NoiseLaw = law
-        self.seed, self.index, self.step = seed, 0, 0
+        self.seed, self.indices, self.step = seed, [0], 0
+        self.register_buffer("key", torch.zeros(1, dtype=torch.int32), persistent=False)
         self.observing, self.frozen = True, False
         self.to(device)
 
@@ -83,12 +84,12 @@ class NoisyActivation(ActivationQuantizer):
             return ((unit + error) * limit + 0 * self.limits.sum()).to(x.dtype)
         sigma = self.spread(torch.sigmoid(self.limits))
         size = sigma / (2 - sigma) * (1.0 if self.signed else 0.5)
-        noise = self._draw(x) if self.training else 0.0
+        noise = draw(x.shape, self.key, self.law) if self.training else 0.0
         return ((unit + size * noise) * limit).to(x.dtype)
 
-    @torch.compiler.disable
-    def _draw(self, x: Tensor) -> Tensor:
-        return draw(x.shape, (self.seed, self.step, self.index), self.law, x.device)
+    def tell(self, step: int) -> None:
+        """Say which step of training it is: each has noise of its own."""
+        self.key.fill_(noise_key(self.seed, step, self.indices[0]))
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:

@@ -1,9 +1,9 @@
 """What every method is: a config that builds it, and an object that attaches, steps and finalizes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,14 @@ class Inserted(Protocol):
         """As of any module."""
 
 
+class Part(NamedTuple):
+    """A stage, the trained weight it is for (both of one target, or stacked of several), and their group."""
+
+    stage: Stage
+    weight: nn.Parameter
+    group: Hashable
+
+
 class Method(ABC):
     """A method at work on one model. `MethodStack` attaches it, drives it and bakes it.
 
@@ -98,6 +106,7 @@ class Method(ABC):
     def __init__(self) -> None:
         self.targets: dict[str, Target] = {}
         self.stages: dict[str, Stage] = {}
+        self.stacked: list[Part] | None = None
         self.root: nn.Module | None = None
         self.removed = 0
         self.grids: dict[str, Grid] = {}
@@ -121,6 +130,18 @@ class Method(ABC):
     def latents(self) -> list[Latent]:
         """What is trained in the place of the targets, in the model's order."""
         return [latent for target in self.targets.values() if (latent := latent_of(target)) is not None]
+
+    @property
+    def parts(self) -> list[Part]:
+        """What a schedule changes at every step: stages and trained weights, stacked where they can be."""
+        if self.stacked is not None:
+            return self.stacked
+        pairs = zip(self.targets, self.latents, strict=True)
+        return [Part(self.stages[name], latent.weight, self.group(name)) for name, latent in pairs]
+
+    def group(self, name: str) -> Hashable:
+        """What targets must have in common whose stages are stacked, beside their shape."""
+        return None
 
     def attach(self, model: nn.Module, earlier: Sequence["Method"] = ()) -> None:
         """Start to work on the targets. The model is unchanged if this raises.
@@ -281,7 +302,7 @@ class Method(ABC):
             latent = latent_of(target)
             if latent is not None:
                 latent.remove(self.stages[name])
-        self.targets, self.stages = {}, {}
+        self.targets, self.stages, self.stacked = {}, {}, None
 
     def finalize(self) -> list[str]:
         """Bake the method into plain weights; returns the names of the parameters it compressed.

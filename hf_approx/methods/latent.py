@@ -7,11 +7,12 @@ computed here: before the optimizer's step gradients go from the effective weigh
 effective weight is made anew.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_approx.finite import Named
 from hf_approx.targets import LATENTS, Target
@@ -20,18 +21,76 @@ from hf_approx.targets import LATENTS, Target
 class Stage(nn.Module):
     """One method's step from the trained weight towards the effective one.
 
-    `forward` is the plain formula: it takes a weight and returns one of the same shape and dtype, differentiable in
-    the weight and in the stage's own parameters. Only where it makes noise do train and eval mode differ.
+    `forward` takes a weight and returns one of the same shape and dtype; only where it makes noise do train and eval
+    mode differ. Both functions also take several weights at once, stacked in a dimension before their own, if their
+    tensors are stacked likewise: see `hf_approx.methods.batch`.
 
     Attributes:
         method: Name of the method.
         noisy: Whether it may draw noise.
+        asks_value: Whether `pull` looks at what `forward` returned.
         may_be_infinite: Names of those of its tensors that may be, such as scores of masks that are fixed.
     """
 
     method = ""
     noisy = False
+    asks_value = False
     may_be_infinite: tuple[str, ...] = ()
+
+    def kind(self) -> Hashable:
+        """What else stages must have in common to be stacked: all their tensors' shapes and plain numbers are."""
+        return None
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """The gradient of the weight; adds those of the stage's own parameters to what they have.
+
+        By default autograd through `forward`; most stages know a shorter way.
+
+        Args:
+            grad: Of what `forward` returned.
+            weight: That it was given.
+            value: What it returned.
+        """
+        leaf = weight.detach().requires_grad_()
+        own = [param for param in self.parameters() if param.requires_grad]
+        with torch.enable_grad():
+            made = self(leaf)
+        of_weight, *others = torch.autograd.grad(made, [leaf, *own], grad, allow_unused=True)
+        for param, found in zip(own, others, strict=True):
+            if found is not None:
+                add_grad(param, found)
+        return torch.zeros_like(grad) if of_weight is None else of_weight
+
+
+def add_grad(param: nn.Parameter, grad: Tensor) -> None:
+    """Add to the gradient of a parameter, if it is trained."""
+    if param.requires_grad:
+        grad = grad.to(param.dtype)
+        param.grad = grad if param.grad is None else param.grad + grad
+
+
+def forward(weight: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """The effective weight."""
+    for stage in stages:
+        weight = stage(weight)
+    return weight
+
+
+def pull(grad: Tensor, weight: Tensor, value: Tensor, stages: Sequence[Stage]) -> Tensor:
+    """The gradient of the trained weight; the stages' own are added to what they have.
+
+    Args:
+        grad: Of the effective weight.
+        weight: The trained weight.
+        value: The effective weight; anything if the last stage does not ask for it.
+        stages: Between the two.
+    """
+    given = [weight]
+    for stage in stages[:-1]:
+        given.append(stage(given[-1]))
+    for stage, incoming in zip(reversed(stages), reversed(given), strict=True):
+        grad, value = stage.pull(grad, incoming, value), incoming
+    return grad
 
 
 class Latent:
@@ -117,25 +176,34 @@ class Latent:
         for stage in self.stages:
             stage.zero_grad()
 
+    @torch.no_grad()
     def pull(self) -> None:
         """Turn the gradient of the effective weight into those of what is trained, adding to what they have."""
         effective = self.effective
         grad, effective.grad = effective.grad, None
-        if grad is None:
-            return
-        self.follow()
-        with torch.enable_grad():
-            value = self.before()
-        if value.requires_grad:
-            torch.autograd.backward(value, grad)
+        if grad is not None:
+            self.follow()
+            add_grad(self.weight, pull(grad, self.weight, effective.detach(), self.stages))
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model went to another device."""
+        return self.weight.device != self.effective.device
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weight is split over processes."""
+        return isinstance(self.effective, DTensor)
 
     def follow(self) -> None:
         """Go where the model went."""
-        device = self.effective.device
-        if self.weight.device != device:
-            self.weight.data = self.weight.data.to(device)
-            for stage in self.stages:
-                stage.to(device)
+        if self.moved:
+            device = self.effective.device
+            for tensor in (
+                self.weight,
+                *(t for stage in self.stages for t in (*stage.parameters(), *stage.buffers())),
+            ):
+                tensor.data = tensor.data.to(device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that is trained or kept beside it, by names that begin with the parameter's."""
@@ -143,7 +211,6 @@ class Latent:
         for i, stage in enumerate(self.stages):
             for name, tensor in stage.state_dict(keep_vars=True).items():
                 yield f"{self.target.name}.{i}.{name}", tensor
-
 
     def finite_parts(self) -> Iterator[Named]:
         """The trained weight and what stages train or keep, by names a user knows, and whether it may be infinite."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
@@ -70,6 +70,10 @@ class BinaryMask(Stage):
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         return weight * self.mask
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`."""
+        return grad * self.mask
 
 
 class MagnitudePruning(Method):

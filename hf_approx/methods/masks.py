@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.latent import Stage
+from hf_approx.methods.latent import Stage, add_grad
 from hf_approx.modules.sharded import whole
 from hf_approx.structures import Side, feature_dim
 
@@ -21,7 +21,7 @@ GRANULARITIES: tuple[Granularity, ...] = ("weight", "row", "column", "2:4", "hea
 class Layout:
     """Which entries of a weight share a score: `width` features next to each other along `dim`.
 
-    `dim=None` is one score a weight.
+    `dim=None` is one score a weight. Dimensions are counted from the last, -1: in front there may be one of a batch.
     """
 
     dim: int | None = None
@@ -38,9 +38,16 @@ class Layout:
         """The mask in a shape that multiplies the weight."""
         if self.dim is None:
             return mask
-        shape = [1] * weight.dim()
-        shape[self.dim] = -1
-        return mask.repeat_interleave(self.width).reshape(shape)
+        before = [1] * (weight.dim() + self.dim - mask.dim() + 1)
+        mask = mask.repeat_interleave(self.width, -1)
+        return mask.reshape(*mask.shape[:-1], *before, mask.shape[-1], *[1] * (-self.dim - 1))
+
+    def gather(self, values: Tensor, like: Tensor) -> Tensor:
+        """Sums over the entries of each score: the transpose of `spread`, in the shape of the scores `like`."""
+        if self.dim is None:
+            return values
+        moved = values.movedim(self.dim, like.dim() - 1)
+        return moved.reshape(*like.shape, -1).sum(-1)
 
 
 def layout_of(granularity: Granularity, name: str, layer: nn.Module, side: Side | None) -> Layout:
@@ -55,12 +62,13 @@ def layout_of(granularity: Granularity, name: str, layer: nn.Module, side: Side 
     Raises:
         ValueError: A 2:4 pattern does not fit the layer.
     """
+    dims = layer.get_parameter("weight").dim()
     if side is not None:
-        return Layout(feature_dim(layer, side.axis), side.width)
+        return Layout(feature_dim(layer, side.axis) - dims, side.width)
     if granularity == "row":
-        return Layout(feature_dim(layer, "out"))
+        return Layout(feature_dim(layer, "out") - dims)
     if granularity == "column":
-        return Layout(feature_dim(layer, "in"))
+        return Layout(feature_dim(layer, "in") - dims)
     if granularity == "2:4":
         weight = layer.get_parameter("weight")
         if weight.dim() != 2 or weight.shape[feature_dim(layer, "in")] % 4:
@@ -83,12 +91,20 @@ class SigmoidMask(Stage):
     temperature: Tensor
     may_be_infinite = ("scores",)
 
-    def __init__(self, scores: Tensor, temperature: float, scale: float = 1.0, layout: Layout | None = None) -> None:
+    def __init__(
+        self, scores: Tensor, temperature: float | Tensor, scale: float = 1.0, layout: Layout | None = None
+    ) -> None:
         super().__init__()
         self.scores = nn.Parameter(scores)
         self.scale = scale
         self.layout = layout or Layout()
-        self.register_buffer("temperature", torch.tensor(temperature, dtype=scores.dtype, device=scores.device))
+        # Masks that share one tensor are all set at once.
+        shared = torch.as_tensor(temperature, dtype=scores.dtype, device=scores.device)
+        self.register_buffer("temperature", shared)
+
+    def kind(self) -> Layout:
+        """Which entries share a score."""
+        return self.layout
 
     def mask(self) -> Tensor:
         """The soft mask, scaled, in the shape of the scores."""
@@ -98,3 +114,12 @@ class SigmoidMask(Stage):
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         return weight * self.layout.spread(self.mask(), weight).to(weight.dtype)
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`: c beta m (1 - m) times what the mask multiplies, for a mask c m."""
+        mask = self.mask()
+        if self.scores.requires_grad:
+            slope = self.layout.gather((grad * weight).to(mask.dtype), mask)
+            share = mask if self.scale == 1 else mask / self.scale
+            add_grad(self.scores, slope.mul_(mask * self.temperature).mul_(1 - share))
+        return grad * self.layout.spread(mask, weight).to(grad.dtype)

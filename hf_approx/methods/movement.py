@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import Sparsity, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
-from hf_approx.methods.latent import Stage
+from hf_approx.methods.latent import Stage, add_grad
 from hf_approx.modules.sharded import piece, totals, whole
 from hf_approx.targets import Target
 
@@ -77,10 +77,13 @@ class MovementMask(Stage):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
-        # Zero, with the gradient of the score; infinity minus infinity would be neither.
+        return weight * (whole(self.scores) >= self.threshold)
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`; the score gets the gradient of its mask, whatever that is."""
         scores = whole(self.scores)
-        straight = torch.where(scores.isinf(), 0.0, scores - scores.detach())
-        return weight * ((scores >= self.threshold) + straight).to(weight.dtype)
+        add_grad(self.scores, (grad * weight).to(scores.dtype).masked_fill_(scores.isinf(), 0))
+        return grad * (scores >= self.threshold)
 
 
 class MovementPruning(Method):

@@ -1,36 +1,80 @@
 """Noise of a trainable size in place of rounding: what SMOL trains with before precisions are fixed."""
 
-from typing import Literal, cast
+import math
+from collections.abc import Sequence
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_approx.methods.latent import add_grad
 from hf_approx.methods.precision import initial_limit
-from hf_approx.methods.rounding import GridWeight, StraightThrough, joint_product
+from hf_approx.methods.rounding import GridWeight, joint_product, reduce
 from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import expand
 
 NoiseLaw = Literal["uniform", "rademacher"]
-Key = tuple[int, int, int]
-"""What noise is drawn from: the method's seed, the step, and which module."""
+
+SPREAD = 0x9E3779B9 - (1 << 32)
+"""Neighbouring positions are this far apart before they are mixed: 2^32 over the golden ratio."""
+ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))
+"""Shifts and factors of a 32-bit mixing function (C. Wellons, "Prospecting for Hash Functions", 2018)."""
+PIECE = 1 << 19
+"""Numbers that a CPU mixes at a time, so that they stay in its cache."""
 
 
-def draw(shape: torch.Size, key: Key, law: NoiseLaw, device: torch.device) -> Tensor:
-    """Independent float32 noise in [-1, 1], the same whenever the key is: on every rank, and when recomputed."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-    generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)
-    return noise if law == "uniform" else noise.sign_()
+def noise_key(seed: int, step: int, index: int) -> int:
+    """32 bits, as a signed number, from a method's seed, the step, and which tensor the noise is for."""
+    state = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB) % (1 << 64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> shift)) * factor % (1 << 64)
+    return (state >> 32) - (1 << 31)
+
+
+def noise_keys(seed: int, step: int, indices: Sequence[int], like: Tensor) -> Tensor:
+    """A key for each of several tensors, shape (tensors,), where `like` is."""
+    keys = torch.tensor([noise_key(seed, step, index) for index in indices], dtype=torch.int32)
+    return keys.to(like.device, non_blocking=True)
+
+
+def draw(shape: torch.Size, keys: Tensor, law: NoiseLaw, first: int = 0) -> Tensor:
+    """Independent float32 noise in [-1, 1].
+
+    Every number is a function of its tensor's key and its position in it: the same on every process, device and piece.
+
+    Args:
+        shape: Of the noise. With several keys its first dimension is that of the tensors.
+        keys: Shape (tensors,), from `noise_keys`.
+        law: How it is distributed.
+        first: Position of the first number, for a piece of a tensor.
+    """
+    tensors = keys.numel()
+    count = math.prod(shape) // tensors
+    positions = torch.arange(first, first + count, dtype=torch.int32, device=keys.device).mul_(SPREAD)
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return _mixed(positions, keys[:, None], law).reshape(shape)
+    noise = torch.empty(tensors, count)
+    for row, key in zip(noise, keys, strict=True):
+        for start in range(0, count, PIECE):
+            row[start : start + PIECE] = _mixed(positions[start : start + PIECE], key, law)
+    return noise.reshape(shape)
+
+
+def _mixed(positions: Tensor, key: Tensor, law: NoiseLaw) -> Tensor:
+    number = positions + key
+    for shift, factor in ROUNDS:
+        # Shifts of signed numbers copy the sign, which has no place here.
+        number.bitwise_xor_((number >> shift).bitwise_and_((1 << (32 - shift)) - 1)).mul_(factor).add_(key)
+    if law == "rademacher":
+        return torch.where(number < 0, -1.0, 1.0)
+    return number.to(torch.float32).mul_(2.0**-31)
 
 
 class NoisyWeight(GridWeight):
     """w -> clip(w) + scale * sigma(s) * noise until precisions are fixed; then what `GridWeight` does.
 
-    The clip range is scale * (2 - sigma(s)). There is no noise in eval mode, nor where the weight is exactly zero.
-
-    The noise of a whole weight is drawn wherever the weight is: processes that share out the model, or its batches,
-    draw the same and need not send it.
+    The clip range is scale * (2 - sigma(s)). There is no noise in eval mode, nor where the weight is exactly zero. The
+    gradient of s counts the noise, which is sigma(s) times something constant.
 
     The buffer `curvature` is the method's to use.
 
@@ -62,7 +106,7 @@ class NoisyWeight(GridWeight):
         self.limits = nn.Parameter(torch.full(parts, initial_limit(initial_bits), device=scale.device))
         self.register_buffer("curvature", torch.zeros(parts, device=scale.device))
         self.law: NoiseLaw = law
-        self.seed, self.index, self.step = seed, 0, 0
+        self.seed, self.indices, self.step = seed, [0], 0
         self.frozen = False
 
     def bound(self) -> Tensor:
@@ -71,19 +115,27 @@ class NoisyWeight(GridWeight):
             return super().bound()
         return joint_product(2 - torch.sigmoid(whole(self.limits.detach())), self.scale)
 
+    def noise(self, shape: torch.Size) -> Tensor:
+        """That of this step, in [-1, 1]."""
+        return draw(shape, noise_keys(self.seed, self.step, self.indices, self.limits), self.law)
+
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         if self.frozen:
-            with torch.no_grad():
-                # Adam sees zeros for s instead of nothing, which distributed training would wait for.
-                value, bound = self.rounded(weight), self.bound().to(weight.dtype)
-            return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, self.limits, False))
-        with torch.no_grad():
-            bound = self.bound().to(weight.dtype)
-            wide = expand(bound, weight.shape)
-            value = weight.clamp(-wide, wide)
-            if self.training:
-                size = joint_product(torch.sigmoid(self.limits), self.scale)
-                noise = draw(weight.shape, (self.seed, self.step, self.index), self.law, weight.device).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
-                value.add_(noise.to(weight.dtype))
-        return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, self.limits, True))
+            return self.rounded(weight)
+        bound = expand(self.bound().to(weight.dtype), weight.shape)
+        value = weight.clamp(-bound, bound)
+        if self.training:
+            size = joint_product(torch.sigmoid(whole(self.limits)), self.scale)
+            noise = self.noise(weight.shape).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
+            value.add_(noise.to(weight.dtype))
+        return value
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`."""
+        if not self.frozen and self.limits.requires_grad:
+            bound = expand(self.bound().to(weight.dtype), weight.shape)
+            error = torch.sub(value, weight.clamp(-bound, bound)).mul_(grad)
+            wide = error.to(torch.promote_types(grad.dtype, torch.float32))
+            add_grad(self.limits, reduce(wide, self.limits.shape) * torch.sigmoid(-whole(self.limits.detach())))
+        return super().pull(grad, weight, value)

@@ -4,12 +4,12 @@ The grid is that of `hf_approx.packing.grid`. The gradient of the scale is that 
 Size Quantization", 2020).
 """
 
-from typing import Any, Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.latent import Stage
+from hf_approx.methods.latent import Stage, add_grad
 from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid, expand, round_to_grid
 from hf_approx.structures import feature_dim
@@ -86,47 +86,11 @@ def limit(bits: Tensor) -> Tensor:
     return 2 - torch.exp2(1 - bits.to(torch.float32))
 
 
-class StraightThrough(torch.autograd.Function):
-    """Hands on a value that is the clipped weight plus an error, with the gradient as if the error were constant.
-
-    The gradient of the weight is masked to the clip range. That of the logarithm of the scale counts the error, which
-    grows with the scale, and the clipped weights, which move with it. That of s counts the error, which is sigma(s)
-    times something constant.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, weight: Tensor, value: Tensor, bound: Tensor, log_scale: Tensor, limits: Tensor | None, noisy: bool
-    ) -> Tensor:
-        """The value; the others only serve the gradient."""
-        ctx.save_for_backward(weight, value, bound, limits)
-        ctx.noisy, ctx.scale_shape, ctx.scale_dtype = noisy, log_scale.shape, log_scale.dtype
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of weight, log scale and limits."""
-        (grad,) = grads
-        weight, value, bound, limits = ctx.saved_tensors
-        bound = expand(bound, weight.shape)
-        inside = weight.abs() <= bound
-        of_weight = grad * inside
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        of_scale = of_limits = None
-        if ctx.needs_input_grad[3]:
-            error = torch.sub(value, weight * inside).mul_(grad)
-            of_scale = reduce(error.to(wide), ctx.scale_shape).to(ctx.scale_dtype)
-        if limits is not None and ctx.needs_input_grad[4]:
-            if ctx.noisy:
-                error = torch.sub(value, weight.clamp(-bound, bound)).mul_(grad)
-                of_limits = reduce(error.to(wide), limits.shape).to(limits.dtype) * torch.sigmoid(-limits)
-            else:
-                of_limits = torch.zeros_like(limits)
-        return of_weight, None, None, of_scale, of_limits, None
-
-
 class GridWeight(Stage):
     """w -> the nearest weight on the grid, with a straight-through gradient.
+
+    That of the weight is masked to the clip range. That of the logarithm of the scale counts the rounding error, which
+    grows with the scale, and the clipped weights, which move with it.
 
     Args:
         bits: Bits of every part, uint8; see `Grid`.
@@ -136,6 +100,7 @@ class GridWeight(Stage):
     """
 
     bits: Tensor
+    asks_value = True
 
     def __init__(self, bits: Tensor, scale: Tensor, train_scale: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -163,9 +128,17 @@ class GridWeight(Stage):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
-        with torch.no_grad():
-            value, bound = self.rounded(weight), self.bound().to(weight.dtype)
-        return cast(Tensor, StraightThrough.apply(weight, value, bound, self.log_scale, None, False))
+        return self.rounded(weight)
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`."""
+        inside = weight.abs() <= expand(self.bound().to(weight.dtype), weight.shape)
+        if self.log_scale.requires_grad:
+            error = torch.sub(value, weight * inside).mul_(grad)
+            add_grad(
+                self.log_scale, reduce(error.to(torch.promote_types(grad.dtype, torch.float32)), self.log_scale.shape)
+            )
+        return grad * inside
 
 
 def joint_product(a: Tensor, b: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from hf_approx.modules.bank import (
 from hf_approx.packing import is_bank_name
 from hf_approx.targets import Target, refuse_adapters, select_modules
 
-
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model where `DistributedDataParallel` looks for names of parameters that are none of its business."""
 

@@ -145,7 +145,7 @@ class Smol(GridMethod):
         config, noises = self._config, self.noises
         makers: list[NoisyWeight | NoisyActivation] = [*noises, *self.activations.values()]
         for index, maker in enumerate(makers, self._first):
-            maker.index = index
+            maker.indices = [index]
         shapes = [target.value.shape for target in self.targets.values()]
         sizes = [governed(shape, p.bits.shape) for shape, p in zip(shapes, noises, strict=True)]
         for members, target in self._groups():
@@ -212,7 +212,8 @@ class Smol(GridMethod):
         for noise in self.noises:
             noise.step, noise.frozen = self._step, self._settled
         for quantizer in self.activations.values():
-            quantizer.step, quantizer.frozen = self._step, self._settled
+            quantizer.tell(self._step)
+            quantizer.frozen = self._settled
             quantizer.observing = self._step <= 1
 
     def _steer(self, fraction: float) -> None:

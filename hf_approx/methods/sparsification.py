@@ -17,8 +17,8 @@ from hf_approx.checkpoint.saving import METHOD
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import HISTOGRAM_BINS, Inserted, Method
 from hf_approx.methods.budget import Group, Scope, global_top_k, plan, top_masks
-from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.latent import latent_of
+from hf_approx.methods.layers import BlockMask
 from hf_approx.methods.masks import Layout, SigmoidMask, layout_of
 from hf_approx.methods.sparsification_config import SparsificationConfig
 from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
@@ -41,6 +41,7 @@ class ContinuousSparsification(Method):
         self.structures: dict[str, Structure] = {}
         self.blocks: dict[str, Blocks] = {}
         self.block_masks: dict[str, BlockMask] = {}
+        self._temperatures: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._frozen: list[nn.Parameter] = []
         self._settled = False
         self._learned_sparsity: float | None = None
@@ -148,7 +149,10 @@ class ContinuousSparsification(Method):
         else:
             scores = torch.full_like(size, s0)
         scale = 1 + math.exp(-s0) if settings.scale_mask else 1.0
-        return kind(scores, settings.initial_temperature, scale, layout)
+        where = (scores.device, scores.dtype)
+        if where not in self._temperatures:
+            self._temperatures[where] = torch.tensor(settings.initial_temperature, dtype=scores.dtype).to(where[0])
+        return kind(scores, self._temperatures[where], scale, layout)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The scores, at the mask learning rate."""
@@ -165,16 +169,14 @@ class ContinuousSparsification(Method):
             return
         start = self._settings.initial_temperature
         beta = start * (config.final_temperature / start) ** (progress / soft)
-        for mask in self.masks:
-            mask.temperature.fill_(beta)
+        self._set_temperature(beta)
         if config.target_sparsity is not None:
             self._steer(progress / soft, progress / soft)
 
     def on_round_step(self, round_: int, rounds: int, progress: float) -> None:
         """The temperature rises in each round, the sparsity over all of them."""
         start = self._settings.initial_temperature
-        for mask in self.masks:
-            mask.temperature.fill_(start * (self._config.final_temperature / start) ** progress)
+        self._set_temperature(start * (self._config.final_temperature / start) ** progress)
         if self._config.target_sparsity is not None:
             self._steer((round_ + progress) / rounds, progress)
 
@@ -190,8 +192,12 @@ class ContinuousSparsification(Method):
         factor = 1.0 if legacy else self._config.final_temperature
         for mask in self.masks:
             mask.scores.copy_((mask.scores * factor).clamp(max=self._settings.initial_score))
-            mask.temperature.fill_(self._settings.initial_temperature)
+        self._set_temperature(self._settings.initial_temperature)
         return False
+
+    def _set_temperature(self, beta: float) -> None:
+        for temperature in self._temperatures.values():
+            temperature.fill_(beta)
 
     def _steer(self, fraction: float, progress: float) -> None:
         """Keep the sparsity on its ramp, at `fraction`; `progress` is the position in the soft phase or round."""
@@ -199,9 +205,19 @@ class ContinuousSparsification(Method):
         if self._config.granularity == "2:4":
             self._force = lower_fours(list(self.modules.values()), self.masks, fraction, level)
         else:
-            self._force = lower(self.masks, self._groups(), fraction, level)
+            members = [[] for _ in self._groups()]
+            for part in self.parts:
+                members[cast(int, part.group)].append(cast(SigmoidMask, part.stage).scores)
+            for i, mask in enumerate(self.block_masks.values()):
+                members[next(g for g, group in enumerate(self._groups()) if i in group.members)].append(mask.scores)
+            self._force = lower(members, [group.target for group in self._groups()], fraction, level)
         if math.isnan(self._force):
             self._refuse_scores()
+
+    def group(self, name: str) -> int | None:
+        """Which of those that are ranked together a target belongs to."""
+        at = self.target_names.index(name)
+        return next((i for i, group in enumerate(self._groups()) if at in group.members), None)
 
     def _refuse_scores(self) -> None:
         """Raise `NotFiniteError` if a score is NaN or infinite, before the mask is fixed."""

@@ -9,15 +9,16 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from hf_approx.checkpoint import attach_packing
 from hf_approx.finite import Named, refuse_not_finite
 from hf_approx.logs import get_logger
-from hf_approx.methods.base import Method, MethodConfig, method_configs
+from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
+from hf_approx.methods.batch import Batch, batches_of
 from hf_approx.methods.latent import Latent, every_latent
 from hf_approx.methods.sharing import DDP_IGNORES
 from hf_approx.optim import CompositeOptimizer
-from transformers import PreTrainedModel
 
 logger = get_logger(__name__)
 
@@ -58,6 +59,7 @@ class MethodStack:
                 method.detach()
             raise
         self._pulled = False
+        self._batches: list[Batch] | None = None
         self.write()
 
     @property
@@ -118,8 +120,33 @@ class MethodStack:
 
     def write(self) -> None:
         """Make the effective weights anew from what is trained."""
-        for latent in self.latents:
-            latent.write()
+        for batch in self.batches():
+            batch.write()
+
+    def batches(self) -> list[Batch | Latent]:
+        """What is computed together; weights that are mixed from others come last, and are for themselves."""
+        latents = self.latents
+        alone = [latent for latent in latents if latent.mixes or latent.is_sharded]
+        others = [latent for latent in latents if not (latent.mixes or latent.is_sharded)]
+        known = self._batches is not None and [latent for b in self._batches for latent in b.latents]
+        if known is False or len(known) != len(others) or any(latent.moved for latent in others):
+            for latent in others:
+                latent.follow()
+            names = {id(stage): (m, name) for m in self.methods for name, stage in m.stages.items()}
+            owners = [[names[id(stage)] for stage in latent.stages] for latent in others]
+            groups = [tuple((id(method), method.group(name)) for method, name in each) for each in owners]
+            self._batches = batches_of(others, groups)
+            self._hand_parts(names)
+        return [*(self._batches or ()), *alone]
+
+    def _hand_parts(self, owners: Mapping[int, tuple[Method, str]]) -> None:
+        """Let every method have what is stacked of its own."""
+        for method in self.methods:
+            method.stacked = None
+        for batch in self._batches or ():
+            for stage, first in zip(batch.stages, batch.latents[0].stages, strict=True):
+                method, name = owners[id(first)]
+                method.stacked = [*(method.stacked or ()), Part(stage, batch.weight, method.group(name))]
 
     def advance_round(self, round_: int, rounds: int, progress: float) -> None:
         """As `advance`, in a round of a ticket search.
@@ -172,8 +199,8 @@ class MethodStack:
         Args:
             scale: What the loss was multiplied by, if a GradScaler did.
         """
-        for latent in reversed(self.latents):
-            latent.pull()
+        for batch in reversed(self.batches()):
+            batch.pull()
         for method in self.methods:
             penalty = method.penalty()
             if penalty is not None:

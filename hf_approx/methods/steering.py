@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.budget import Group, cubic_ramp, threshold
+from hf_approx.methods.budget import cubic_ramp, threshold
 from hf_approx.methods.masks import SigmoidMask, in_fours
 from hf_approx.methods.presets import Settings
 from hf_approx.modules.sharded import piece, whole, write
@@ -29,12 +29,12 @@ def resting_level(settings: Settings, progress: float) -> float:
 
 
 @torch.no_grad()
-def lower(masks: Sequence[SigmoidMask], groups: Sequence[Group], fraction: float, level: float) -> float:
+def lower(groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction: float, level: float) -> float:
     """Lower the scores of every group.
 
     Args:
-        masks: Of all modules.
-        groups: Which are ranked together, and their targets.
+        groups: Scores that are ranked together.
+        targets: Of each group.
         fraction: Position on the cubic ramp to the targets.
         level: Of `resting_level`.
 
@@ -42,15 +42,15 @@ def lower(masks: Sequence[SigmoidMask], groups: Sequence[Group], fraction: float
         What was taken off the scores of the last group; NaN, and no more is taken off, if a score is NaN.
     """
     force = 0.0
-    for group in groups:
-        wanted = cubic_ramp(fraction, group.target)
+    for scores, target in zip(groups, targets, strict=True):
+        wanted = cubic_ramp(fraction, target)
         if wanted > 0:
-            number = threshold([masks[i].scores for i in group.members], wanted) - level
+            number = threshold(scores, wanted) - level
             force = float(number)
             if math.isnan(force):
                 return force
-            for i in group.members:
-                piece(masks[i].scores).sub_(number)
+            for each in scores:
+                piece(each).sub_(number)
     return force
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import MethodConfig, incoming
 from hf_approx.methods.grids import GridMethod
-from hf_approx.methods.rounding import GridWeight, fit_scale, parts_shape
 from hf_approx.methods.latent import value_of
+from hf_approx.methods.rounding import GridWeight, fit_scale, parts_shape
 from hf_approx.modules.sharded import write
 from hf_approx.packing.grid import MAX_BITS
 from hf_approx.targets import Target
@@ -72,6 +72,10 @@ class LateGridWeight(GridWeight):
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
         return weight if self.late else super().forward(weight)
+
+    def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
+        """As of `Stage`."""
+        return grad if self.late else super().pull(grad, weight, value)
 
 
 class UniformQuantization(GridMethod):
