@@ -89,7 +89,11 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
             # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
             # shape, in processes without hf_approx too, instead of starting from random weights.
             state = model.state_dict() if state_dict is None else state_dict
-            latents = {f"{LATENT_PREFIX}{name}": tensor for name, tensor in self.stack.tensors().items()}
+            # Numbers that stages have in common would be taken for tied weights.
+            latents = {
+                f"{LATENT_PREFIX}{name}": tensor if tensor.dim() else tensor.clone()
+                for name, tensor in self.stack.tensors().items()
+            }
             state = {**state, **latents, **{name: torch.empty(0) for name in self._plain_names()}}
             model.config.quantization_config = ApproxConfig(training=True)
             keep_own_names(model)

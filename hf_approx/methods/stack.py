@@ -59,7 +59,7 @@ class MethodStack:
                 method.detach()
             raise
         self._pulled = False
-        self._batches: list[Batch] | None = None
+        self._batches: list[Batch] = []
         self.write()
 
     @property
@@ -128,8 +128,8 @@ class MethodStack:
         latents = self.latents
         alone = [latent for latent in latents if latent.mixes or latent.is_sharded]
         others = [latent for latent in latents if not (latent.mixes or latent.is_sharded)]
-        known = self._batches is not None and [latent for b in self._batches for latent in b.latents]
-        if known is False or len(known) != len(others) or any(latent.moved for latent in others):
+        known = {id(latent) for batch in self._batches for latent in batch.latents}
+        if known != {id(latent) for latent in others} or any(latent.moved for latent in others):
             for latent in others:
                 latent.follow()
             names = {id(stage): (m, name) for m in self.methods for name, stage in m.stages.items()}
@@ -137,13 +137,13 @@ class MethodStack:
             groups = [tuple((id(method), method.group(name)) for method, name in each) for each in owners]
             self._batches = batches_of(others, groups)
             self._hand_parts(names)
-        return [*(self._batches or ()), *alone]
+        return [*self._batches, *alone]
 
     def _hand_parts(self, owners: Mapping[int, tuple[Method, str]]) -> None:
         """Let every method have what is stacked of its own."""
         for method in self.methods:
             method.stacked = None
-        for batch in self._batches or ():
+        for batch in self._batches:
             for stage, first in zip(batch.stages, batch.latents[0].stages, strict=True):
                 method, name = owners[id(first)]
                 method.stacked = [*(method.stacked or ()), Part(stage, batch.weight, method.group(name))]
