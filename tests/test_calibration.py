@@ -16,7 +16,7 @@ from helpers import assert_same_weights, make_trainer, weights
 from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.distillation import Divergence
-from hf_approx.methods import smol
+from hf_approx.methods import MethodStack, smol
 from hf_approx.methods.latent import every_latent
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
@@ -52,6 +52,27 @@ def test_only_target_weights_change_and_they_are_only_rounded(name):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == trains
     assert all(module.training for module in model.modules())
     assert 0 <= result.calibrated.loss < 1
+
+
+def test_nothing_is_held_for_weights_that_are_not_trained(monkeypatch):
+    """No gradient once a step has its limits' and scales', and no optimizer state: those alone are in Adam."""
+    model, seen = build("bert"), []
+    pull, adam = MethodStack.before_step, torch.optim.Adam
+
+    def watched(stack, *args):
+        pull(stack, *args)
+        seen.append([param.grad for param in model.parameters()])
+        seen.append([latent.weight.grad for latent in stack.latents])
+        own = [param for latent in stack.latents for stage in latent.stages for param in stage.parameters()]
+        assert {id(param) for param in own} == {id(p) for group in optimizers[0].param_groups for p in group["params"]}
+        assert all(param.grad is not None for param in own)
+
+    optimizers = []
+    monkeypatch.setattr(MethodStack, "before_step", watched)
+    monkeypatch.setattr(torch.optim, "Adam", lambda groups: optimizers.append(adam(groups)) or optimizers[-1])
+    calibrate(model, batches("bert"), CONFIG, steps=4)
+    assert len(seen) == 8
+    assert not any(grad is not None for grads in seen for grad in grads)
 
 
 def test_calibration_gives_bits_to_the_layer_that_needs_them():

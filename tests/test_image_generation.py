@@ -293,6 +293,7 @@ def test_two_processes_end_with_the_same_networks(tmp_path):
         for network in ("generator", "discriminator"):
             assert_same_weights(state[network], first[network])
         assert state["bits"] == first["bits"] == pytest.approx(4, abs=0.02)
+        assert state["discriminator_bits"] == first["discriminator_bits"] == pytest.approx(6, abs=0.02)
     config = read_yaml(GanRecipe, CONFIG, SMOKE)
     alone = Game(replace(config), "dense", images(config), False, brightness).batch(3)
     for rank, same in ((0, True), (1, False)):
