@@ -17,7 +17,8 @@ DISCRIMINATOR = "discriminator_approx=[{method: smol, target_modules: ['conv1', 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    config = read_yaml(GanRecipe, RECIPES / "configs" / "digits_gan_bits4.yaml", [*SMOKE, "save_every=8", DISCRIMINATOR])
+    path = RECIPES / "configs" / "digits_gan_bits4.yaml"
+    config = read_yaml(GanRecipe, path, [*SMOKE, "save_every=8", DISCRIMINATOR])
     images = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for name, resume in (("straight", False), ("resumed", True)):
         game = Game(config, name, images, True, lambda found: float(found.float().mean()), folder / "states", resume)
