@@ -346,7 +346,8 @@ class ApproxTrainerMixin(CheckpointMixin):
             NotFiniteError: Training diverged: a weight is NaN or infinite. The checkpoints before that are left.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        note_zeros(self._plain_model)
+        with self.stack.exposed():
+            note_zeros(self._plain_model)
         if self._twin is None:
             self._unpack()
         elif self._finalized and not self._repack:

@@ -20,6 +20,7 @@ from hf_approx.files import torch_writes, write_text
 from hf_approx.layout import CARD_FILE, is_ours
 from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodStack
+from hf_approx.methods.layers import BlockMask
 from hf_approx.model_folder import weight_files
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
@@ -94,7 +95,9 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
                 f"{LATENT_PREFIX}{name}": tensor if tensor.dim() else tensor.clone()
                 for name, tensor in self.stack.tensors().items()
             }
-            state = {**state, **latents, **{name: torch.empty(0) for name in self._plain_names()}}
+            latents.update({f"{LATENT_PREFIX}{name}": state[name] for name in self._carriers()})
+            names = [*self._plain_names(), *self._carriers()]
+            state = {**state, **latents, **{name: torch.empty(0) for name in names}}
             model.config.quantization_config = ApproxConfig(training=True)
             keep_own_names(model)
             try:
@@ -134,6 +137,10 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
         """Names of weights that are not in the checkpoint of unfinished training as such."""
         return [*(latent.target.name for latent in self.stack.latents), *self._shared_names()]
 
+    def _carriers(self) -> list[str]:
+        """Names of tensors of the model that the checkpoint of unfinished training has under another name."""
+        return [module.carrier for module in self._plain_model.modules() if isinstance(module, BlockMask)]
+
     def _shared_names(self) -> list[str]:
         """Names of the weights that are mixed from templates."""
         layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
@@ -171,7 +178,9 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
         latents = {
             name.removeprefix(LATENT_PREFIX): state.pop(name) for name in list(state) if name.startswith(LATENT_PREFIX)
         }
-        result = model.load_state_dict({name: t for name, t in state.items() if name not in plain}, strict=False)
+        state = {name: tensor for name, tensor in state.items() if name not in plain}
+        state.update({name: latents.pop(name) for name in self._carriers() if name in latents})
+        result = model.load_state_dict(state, strict=False)
         missing = set(result.missing_keys) - plain - set(getattr(model, "all_tied_weights_keys", ()))
         missing -= set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         odd = sorted(missing or result.unexpected_keys)

@@ -13,9 +13,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from transformers import TrainerCallback, TrainingArguments
 
 from fresh import ALL, Forks, job
-from hf_approx import ApproxTrainer
+from hf_approx import ApproxTrainer, attach
 from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
-from hf_approx.methods.latent import every_latent
+from hf_approx.methods.latent import every_latent, latent_of
+from hf_approx.targets import Target
 from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,18 @@ def make_trainer(name, folder, approx=(), model=None, optimizer=None, size=32, e
         approx=approx,
         optimizer=optimizer,
     )
+
+
+def stacked(model, *configs):
+    """Methods put to work on a model: their stack and, after it, each of them."""
+    stack = attach(model, configs)
+    return (stack, *stack.methods)
+
+
+def trained_weight(module):
+    """What is trained in the place of a module's weight, or the weight itself."""
+    latent = latent_of(Target("", module))
+    return module.weight if latent is None else latent.weight
 
 
 def weights(model):

@@ -3,14 +3,20 @@
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from helpers import stacked
 from hf_approx import SharingConfig
 from models import batch
 
 
 def attach(model, **options):
-    method = SharingConfig(**options).build()
-    method.attach(model)
-    return method
+    """The method, at work on the model."""
+    return stacked(model, SharingConfig(**options))[1]
+
+
+def shared(model, **options):
+    """The model, as it is after training or loading: its layers mix their weights in every forward pass."""
+    stacked(model, SharingConfig(**options))[0].bake()
+    return model
 
 
 def deep_bert(layers=4):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers import make_trainer
+from helpers import make_trainer, stacked
 from hf_approx import SmolConfig
 from hf_approx.methods.activations import NoisyActivation
 from hf_approx.methods.precision import initial_limit
@@ -135,13 +135,12 @@ def test_inputs_said_to_be_positive_are_not_signed(tmp_path):
 
 def test_a_failed_attach_takes_the_quantizers_off():
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
+    config = SmolConfig(target_modules=["a", "b"], target_bits=2.25, granularity="tensor", activations=True)
     with pytest.raises(ValueError, match="cannot average"):
-        SmolConfig(target_modules=["a", "b"], target_bits=2.25, granularity="tensor", activations=True).build().attach(
-            model
-        )
+        stacked(model, config)
     assert not any(hasattr(module, "input_quantizer") or module._forward_pre_hooks for module in model.values())
     with pytest.raises(ValueError, match="has no numbers as input"):
-        SmolConfig(target_modules=["0"], activations=True).build().attach(nn.ModuleList([nn.Embedding(8, 4)]))
+        stacked(nn.ModuleList([nn.Embedding(8, 4)]), SmolConfig(target_modules=["0"], activations=True))
 
 
 def test_initial_noise_is_that_of_the_initial_precision():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import make_trainer
+from helpers import make_trainer, stacked
 from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SparsificationConfig
 from hf_approx.methods.budget import cubic_ramp, plan, threshold, top_masks
 from hf_approx.methods.movement import MovementMask
@@ -20,19 +20,14 @@ def zeros(model):
     return [float((layer.weight == 0).float().mean()) for layer in model]
 
 
-def drive(method, model, steps=20, lr=0.05):
-    scores = [p for group in method.param_groups() for p in group["params"]]
-    others = [p for p in model.parameters() if not any(p is s for s in scores)]
-    optimizers = [torch.optim.SGD(others, lr=lr)] + ([torch.optim.Adam(method.param_groups())] if scores else [])
+def drive(stack, steps=20, lr=0.05):
+    model = stack.model
+    optimizer = stack.bind(torch.optim.SGD(stack.parameters(), lr=lr), steps=steps)
     x, y = torch.randn(64, 10), torch.randn(64, 20)
-    for step in range(steps):
-        method.on_step(step / (steps - 1))
-        loss = nn.functional.mse_loss(model[1](model[0](x)), y)
-        penalty = method.penalty()
-        (loss if penalty is None else loss + penalty).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+    for _ in range(steps):
+        nn.functional.mse_loss(model[1](model[0](x)), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 ALL = {
@@ -49,11 +44,10 @@ ALL = {
 @pytest.mark.parametrize("target", [0.9, {"0": 0.5, "1": 0.95}], ids=["global", "by pattern"])
 def test_every_method_meets_its_targets(name, target):
     model = two_layers()
-    method = ALL[name](target_sparsity=target, target_modules=["0", "1"]).build()
-    method.attach(model)
-    drive(method, model)
+    stack, method = stacked(model, ALL[name](target_sparsity=target, target_modules=["0", "1"]))
+    drive(stack)
     assert method.is_final
-    method.finalize()
+    stack.finalize()
     if isinstance(target, dict):
         assert zeros(model) == pytest.approx([0.5, 0.95])
     else:
@@ -63,9 +57,8 @@ def test_every_method_meets_its_targets(name, target):
 @pytest.mark.parametrize("name", ALL)
 def test_a_module_without_a_target_is_named(name):
     model = two_layers()
-    method = ALL[name](target_sparsity={"0": 0.5}, target_modules=["0", "1"]).build()
     with pytest.raises(ValueError, match="no pattern for '1'"):
-        method.attach(model)
+        stacked(model, ALL[name](target_sparsity={"0": 0.5}, target_modules=["0", "1"]))
     assert dict(model.named_parameters()).keys() == {"0.weight", "1.weight"}
 
 
@@ -86,24 +79,20 @@ def test_one_shot_prunes_before_the_first_step_and_random_ignores_size():
             False,
         ),
     ):
-        method = config.build()
-        method.attach(model)
-        method.on_step(0.0)
+        stack, method = stacked(model, config)
+        stack.advance(0.0)
         assert method.is_final
         kept = model[0].weight != 0
         assert int(kept.sum()) == 50
         assert bool(size[kept].min() >= size[~kept].max()) == sorted_by_size
-        method.detach()
+        stack.detach()
 
 
 def test_random_order_is_that_of_its_seed():
     def kept(seed):
         model = two_layers()
-        method = MagnitudePruningConfig(
-            target_sparsity=0.5, criterion="random", seed=seed, target_modules=["0"]
-        ).build()
-        method.attach(model)
-        method.settle()
+        config = MagnitudePruningConfig(target_sparsity=0.5, criterion="random", seed=seed, target_modules=["0"])
+        stacked(model, config)[0].settle()
         return model[0].weight != 0
 
     assert torch.equal(kept(1), kept(1))
@@ -129,38 +118,38 @@ def test_movement_keeps_what_grows():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.1, 0.1, 1.0, 1.0]]))
     goal = torch.tensor([[1.0, 1.0, 0.2, 0.2]])
-    method = MovementPruningConfig(target_sparsity=0.5, target_modules=["0"], ramp_fraction=0.9).build()
-    method.attach(model)
+    config = MovementPruningConfig(target_sparsity=0.5, target_modules=["0"], ramp_fraction=0.9)
+    stack, method = stacked(model, config)
     optimizer = torch.optim.Adam(method.param_groups())
     for step in range(20):
-        method.on_step(step / 19)
+        stack.advance(step / 19)
         if step < 5:
             ((model[0].weight - goal) ** 2).sum().backward()
+            stack.before_step()
             optimizer.step()
-            optimizer.zero_grad()
-    method.finalize()
+            stack.after_step()
+    stack.finalize()
     assert (model[0].weight != 0).tolist() == [[True, True, False, False]]
 
 
 def test_movement_masks_no_more_than_the_ramp_where_scores_are_equal():
     """After one step of Adam every score is plus or minus its learning rate."""
     model = nn.Sequential(nn.Linear(32, 32, bias=False))
-    method = MovementPruningConfig(target_sparsity=0.8, target_modules=["0"], ramp_fraction=1.0).build()
-    method.attach(model)
+    config = MovementPruningConfig(target_sparsity=0.8, target_modules=["0"], ramp_fraction=1.0)
+    stack, method = stacked(model, config)
     with torch.no_grad():
         method.masks[0].scores.copy_(torch.where(torch.arange(32) % 2 == 0, 0.01, -0.01).expand(32, 32))
-    method.on_step(0.01)
+    stack.advance(0.01)
     assert int((model[0].weight == 0).sum()) <= cubic_ramp(0.01, 0.8) * 1024
-    method.on_step(1.0)
+    stack.advance(1.0)
     assert int((model[0].weight == 0).sum()) == round(0.8 * 1024)
 
 
 def test_soft_movement_penalty_lowers_the_scores():
     model = two_layers()
-    method = MovementPruningConfig(mode="soft", penalty=5.0, target_modules=["0", "1"]).build()
-    method.attach(model)
+    stack, method = stacked(model, MovementPruningConfig(mode="soft", penalty=5.0, target_modules=["0", "1"]))
     assert method.penalty().item() == pytest.approx(2.5)
-    drive(method, model, steps=10)
+    drive(stack, steps=10)
     assert method.metrics()["sparsity"] > 0
 
 
@@ -202,6 +191,6 @@ def test_plan_and_masks():
 
 
 def test_names_of_the_default_targets():
-    method = MagnitudePruningConfig(target_sparsity={"query": 0.5}, target_modules=["query"]).build()
-    method.attach(build("bert"))
+    config = MagnitudePruningConfig(target_sparsity={"query": 0.5}, target_modules=["query"])
+    _, method = stacked(build("bert"), config)
     assert len(method.modules) == 2

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-from helpers import arguments, assert_same_weights, make_trainer, weights
+from helpers import arguments, assert_same_weights, make_trainer, stacked, trained_weight, weights
 from hf_approx import (
     ApproxTrainer,
     AvaGradConfig,
@@ -121,18 +121,18 @@ class Spoil(TrainerCallback):
                 self.find(model).view(-1)[0] = self.value
 
 
-def tensor(ending):
-    def find(model):
-        return next(t for n, t in (*model.named_parameters(), *model.named_buffers()) if n.endswith(ending))
-
-    return find
+def named(trainer, ending):
+    """What is trained, or else a tensor of the model, and its name."""
+    own = ((name, tensor) for name, tensor, _ in trainer.stack.learned())
+    model = trainer.model
+    return next(f for f in (*own, *model.named_parameters(), *model.named_buffers()) if f[0].endswith(ending))
 
 
 @pytest.mark.parametrize(
     ("ending", "approx"),
     [
         ("classifier.bias", CS),
-        ("query.parametrizations.weight.original", CS),
+        ("query.weight", CS),
         ("scores", CS),
         ("scores", MovementPruningConfig()),
         ("limits", SmolConfig(target_bits=3)),
@@ -140,27 +140,28 @@ def tensor(ending):
         ("log_limit", SmolConfig(target_bits=3, activations=True)),
         ("log_scale", UniformQuantizationConfig()),
         ("0.weight", SharingConfig()),
-        ("query.parametrizations.weight.original", SharingConfig()),
+        ("query.weight", SharingConfig()),
     ],
 )
 @pytest.mark.parametrize("last", [False, True])
 def test_whatever_is_learned_is_looked_at(tmp_path, ending, approx, last):
     """Once spoiled in the middle, where the loss becomes NaN by itself, and once after the last step."""
     trainer = make_trainer("bert", tmp_path, approx, max_steps=4)
-    name = next(n for n, _ in trainer.model.named_parameters() if n.endswith(ending))
+    name, tensor = named(trainer, ending)
     step = 4 if last else 2
-    trainer.add_callback(Spoil(step, tensor(ending), math.nan))
+    trainer.add_callback(Spoil(step, lambda model: tensor, math.nan))
     with pytest.raises(NotFiniteError) as error:
         trainer.train()
     if last:
-        assert f"'{name.replace('.parametrizations.weight.original', '.weight')}' holds NaN" in str(error.value)
+        assert f"'{name}' holds NaN" in str(error.value)
     assert f"after step {step}" in str(error.value) or not last
 
 
 def test_batch_statistics_are_looked_at_and_masks_of_attention_are_not(tmp_path):
     for ending, value in (("running_var", math.inf), ("running_mean", math.nan)):
         trainer = make_trainer("resnet", tmp_path, CS, max_steps=1)
-        trainer.add_callback(Spoil(1, tensor(ending), value))
+        tensor = named(trainer, ending)[1]
+        trainer.add_callback(Spoil(1, lambda model, tensor=tensor: tensor, value))
         with pytest.raises(NotFiniteError, match=rf"{ending}' holds {'infinity' if value == math.inf else 'NaN'}"):
             trainer.train()
     model = build("bert")
@@ -223,28 +224,26 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize("approx", [c for c in METHODS.values() if c and not isinstance(c, list)])
 def test_methods_in_a_loop_of_ones_own_bake_nothing(approx):
     model = build("bert")
-    method = approx.build()
-    method.attach(model)
-    method.on_step(0.0)
+    stack, method = stacked(model, approx)
+    stack.advance(0.0)
     with torch.no_grad():
         model.classifier.bias[0] = math.nan
     before = weights(model)
     with pytest.raises(NotFiniteError, match=f"{method.name}: 'classifier.bias' holds NaN"):
-        method.finalize()
+        stack.finalize()
     assert {n: t for n, t in before.items() if n != "classifier.bias"}.keys() <= weights(model).keys()
     with torch.no_grad():
         model.classifier.bias[0] = 0.0
-    assert method.finalize()
+    assert stack.finalize()
     assert first_not_finite(model) is None
 
 
 def test_one_weight_that_is_nan_does_not_prune_the_others():
     model = build("bert")
-    method = MagnitudePruningConfig(target_sparsity=0.7, update_every=1).build()
-    method.attach(model)
+    stack, method = stacked(model, MagnitudePruningConfig(target_sparsity=0.7, update_every=1))
     with torch.no_grad():
-        model.bert.encoder.layer[0].attention.self.query.parametrizations.weight.original[0, 0] = math.nan
-    for act in (lambda: method.on_step(0.5), method.settle, lambda: method.end_round(0, 2)):
+        trained_weight(model.bert.encoder.layer[0].attention.self.query)[0, 0] = math.nan
+    for act in (lambda: stack.advance(0.5), stack.settle, lambda: method.end_round(0, 2)):
         with pytest.raises(NotFiniteError, match=f"magnitude: '{KEY}' holds NaN"):
             act()
     assert method.metrics()["sparsity"] == 0
@@ -258,7 +257,7 @@ def test_nothing_is_attached_to_weights_that_are_not_finite():
             model.get_parameter(KEY)[0, 0] = math.inf
         names = list(weights(model))
         with pytest.raises(NotFiniteError, match=f"{approx.build().name}: '{KEY}' holds infinity"):
-            approx.build().attach(model)
+            stacked(model, approx)
         assert list(weights(model)) == names
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, weights
+from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, stacked, weights
 from hf_approx import FixedPrecisionConfig, SmolConfig, SparsificationConfig
 from hf_approx.packing.grid import expand, round_to_grid
 
@@ -61,8 +61,7 @@ def test_training_starts_at_the_loaded_function(quantized, tmp_path, dtype):
 
 def test_the_base_of_a_model_with_a_head_can_be_trained_alone(quantized):
     model = load(quantized)
-    method = FixedPrecisionConfig().build()
-    method.attach(model.base_model)
+    _, method = stacked(model.base_model, FixedPrecisionConfig())
     assert {f"bert.{name}.weight" for name in method.modules} == model.hf_quantizer.grids.keys()
 
 

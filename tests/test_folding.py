@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from helpers import make_trainer, weights
+from helpers import assert_same_weights, make_trainer, weights
 from hf_approx import SharingConfig, attach_packing, fold, layer_similarity
 from hf_approx.folding import Loop, complete_linkage, find_loops
 from hf_approx.modules.bank import banks_of, coefficients_of, shared_layers
 from models import batch
+from sharing import shared
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64
 """Weights of one block below: attention and feed-forward layers."""
@@ -32,8 +33,7 @@ def llama(layers=6):
 
 def alternating(layers=6, templates=3, noise=0.0):
     """A shared model whose even blocks are alike, and its odd ones, up to sign and scale."""
-    model = llama(layers)
-    SharingConfig(templates=templates, init="random").build().attach(model)
+    model = shared(llama(layers), templates=templates, init="random")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for entry in shared_layers(model).values():
@@ -47,8 +47,7 @@ def alternating(layers=6, templates=3, noise=0.0):
 
 def three_directions(**options):
     """A shared model with two templates a bank, whose blocks have one of three directions of coefficients."""
-    model = llama(6)
-    SharingConfig(templates=2, init="random", **options).build().attach(model)
+    model = shared(llama(6), templates=2, init="random", **options)
     with torch.no_grad():
         for entry in shared_layers(model).values():
             for i, layer in enumerate(entry.layers.values()):
@@ -174,14 +173,16 @@ def test_train_fold_train_on_and_save(tmp_path):
     assert torch.equal(logits(final), logits(again.model))
 
 
-def test_a_model_folded_before_training_trains_with_its_method(tmp_path):
+def test_a_model_that_a_method_is_at_work_on_is_not_folded_and_trains_on(tmp_path):
     config = SharingConfig(templates=2, recurrence=0.1)
     trainer = make_trainer("llama", tmp_path, config, llama(3), max_steps=2)
-    fold(trainer.model, layers=2)
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=r"fold: sharing is still at work on 'model.*; finalize the training"):
+        fold(trainer.model, layers=2)
+    assert_same_weights(weights(trainer.model), before)
     trainer.train()
-    report = trainer.approx_report["methods"][0]
-    assert len(report["banks"]) == 14
-    assert report["similarity"] == 1.0
+    assert len(trainer.approx_report["methods"][0]["banks"]) == 7
+    assert set(fold(trainer.model, layers=2).clusters) == set(trainer.approx_report["methods"][0]["banks"])
     trainer.save_model(str(tmp_path / "model"))
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "model")), logits(trainer.model))
 

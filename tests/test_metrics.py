@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hf_approx.metrics
-from helpers import ROOT
+from helpers import ROOT, stacked
 from hf_approx import (
     LayerDroppingConfig,
     MagnitudePruningConfig,
@@ -126,20 +126,21 @@ def test_bits_are_those_stored(tmp_path):
 )
 def test_a_model_in_training_is_refused_until_the_method_is_done(config):
     model, dense = build("bert"), Compression(build("bert")).compute()
-    method = config.build()
-    method.attach(model)
+    stack, _ = stacked(model, config)
     with pytest.raises(ValueError, match=r"at work on 'bert.*measure the model after training"):
         Compression(model).compute()
-    method.detach()
+    stack.detach()
     assert Compression(model).compute() == dense
-    method.attach(model)
-    attach_packing(model, method.finalize(), grids=method.grids)
+    stacked(model, config)[0].finalize()
     assert Compression(model).compute()["bytes"] < dense["bytes"]
 
 
 def test_parametrizations_that_are_part_of_a_model_are_measured():
     shared, dense = build("bert"), Compression(build("bert")).compute()
-    SharingConfig(templates=0.5).build().attach(shared)
+    stack, _ = stacked(shared, SharingConfig(templates=0.5))
+    with pytest.raises(ValueError, match=r"sharing is at work on 'bert.*measure the model after training"):
+        Compression(shared).compute()
+    stack.bake()
     assert Compression(shared).compute()["bytes"] < dense["bytes"]
     normalized = build("bert")
     nn.utils.parametrizations.weight_norm(normalized.classifier)

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_same_weights, make_trainer, stacked, weights
 from hf_approx import PackedFormatError, SharingConfig, SparsificationConfig, block_similarity, layer_similarity
 from hf_approx.modules.bank import banks_of, coefficients_of, shared_layers, template_names, unshare
 from models import batch, build, dataset
-from sharing import attach, deep_bert, logits, parameters
+from sharing import attach, deep_bert, logits, parameters, shared
 from wide_resnet import WideResNet, published_sharing
 
 
@@ -29,10 +29,14 @@ class Stack(nn.Module):
 
 
 # P1
-def test_mixed_weight_is_the_sum_of_template_layers_and_so_are_its_gradients():
+@pytest.mark.parametrize("baked", [False, True], ids=["at work", "baked"])
+def test_mixed_weight_is_the_sum_of_template_layers_and_so_are_its_gradients(baked):
     torch.manual_seed(0)
     model = Stack().double()
-    method = attach(model, templates=2, init="random")
+    stack, method = stacked(model, SharingConfig(templates=2, init="random"))
+    names = list(method.modules)
+    if baked:
+        stack.bake()
     bank = banks_of(model)["layers"]
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
     layer = model.layers[1]
@@ -41,10 +45,13 @@ def test_mixed_weight_is_the_sum_of_template_layers_and_so_are_its_gradients():
     torch.testing.assert_close(layer(x), sum(parts) + layer.bias[:, None, None], rtol=0, atol=1e-14)
 
     plain = copy.deepcopy(model)
-    for name in method.modules:
+    for name in names if baked else ():
         unshare(plain.get_submodule(name))
+    assert all(type(layer.weight) is nn.Parameter for layer in plain.layers)
     assert torch.equal(model(x), plain(x))
     model(x).square().sum().backward()
+    if not baked:
+        stack.before_step()
     plain(x).square().sum().backward()
     own = [layer.weight.grad for layer in plain.layers]
     alphas = torch.stack([coefficients_of(layer) for layer in model.layers])
@@ -76,10 +83,11 @@ def test_random_start_is_orthogonal_and_the_similarity_matrix_is_one(layers, tem
 
 def test_similarity_ignores_scale_and_in_weights_is_that_of_the_weights():
     model = Stack(4)
-    method = attach(model, templates=3, init="random")
+    stack, method = stacked(model, SharingConfig(templates=3, init="random"))
     before = layer_similarity(method)["layers"]
     with torch.no_grad():
         coefficients_of(model.layers[2]).mul_(-3.7)
+    stack.write()
     torch.testing.assert_close(layer_similarity(model)["layers"], before, rtol=0, atol=1e-6)
     flat = torch.stack([layer.weight.detach().reshape(-1) for layer in model.layers]).double()
     flat = flat / flat.norm(dim=1, keepdim=True)
@@ -106,19 +114,31 @@ def test_every_bank_is_once_in_the_model_and_coefficients_do_not_decay(tmp_path)
     model = deep_bert()
     before = parameters(model)
     trainer = make_trainer("bert", tmp_path, SharingConfig(templates=2), model, weight_decay=0.1)
-    per_block = sum(p.numel() for n, p in model.bert.encoder.layer[0].named_parameters() if "original" in n)
-    assert per_block == 2 * 6
+    layers = list(trainer.methods[0].modules.values())
     blocks = 4 * (4 * 32 * 32 + 2 * 32 * 64)
-    assert parameters(model) == before - blocks + blocks // 2 + 4 * 2 * 6
-    names = list(model.state_dict())
-    assert sorted(n for n in names if "hf_approx_banks" in n) == sorted(template_names(model))
-    assert not any("_bank" in name and "hf_approx_banks" not in name for name in names)
+    expected = before - blocks + blocks // 2 + 4 * 2 * 6
+
+    def banks_are_once():
+        names = list(model.state_dict())
+        assert sorted(n for n in names if "hf_approx_banks" in n) == sorted(template_names(model))
+        assert not any("_bank" in name and "hf_approx_banks" not in name for name in names)
+
+    banks_are_once()
     optimizer = trainer.create_optimizer()
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     assert {decay[id(named[name])] for name in template_names(model)} == {0.1}
-    assert {decay[id(p)] for name, p in named.items() if name.endswith("original")} == {0.0}
-    assert len(decay) == len(named)
+    assert {decay[id(coefficients_of(layer))] for layer in layers} == {0.0}
+    assert decay.keys() == {id(p) for p in named.values()} - {id(m.weight) for m in layers} | {
+        id(coefficients_of(layer)) for layer in layers
+    }
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == expected
+    trainer.stack.bake()
+    banks_are_once()
+    assert parameters(model) == expected
+    per_block = sum(p.numel() for n, p in model.bert.encoder.layer[0].named_parameters() if "original" in n)
+    assert per_block == 2 * 6
+    named = dict(model.named_parameters())
     plain = make_trainer("bert", tmp_path, (), model, weight_decay=0.1).create_optimizer()
     decay = {id(p): group["weight_decay"] for group in plain.param_groups for p in group["params"]}
     assert {decay[id(p)] for name, p in named.items() if name.endswith("original")} == {0.0}
@@ -165,13 +185,15 @@ def test_as_many_templates_as_layers_leave_the_function_and_random_ones_train(na
     attach(model, templates=1.0, **options)
     torch.testing.assert_close(logits(model, name), expected, rtol=0, atol=1e-5)
     scratch = build(name)
-    attach(scratch, init="random", **options)
+    stack, method = stacked(scratch, SharingConfig(init="random", **options))
     output = scratch.train()(**batch(name))
     output.logits.square().mean().backward()
-    for key, param in scratch.named_parameters():
-        if key.endswith("original") or "hf_approx_banks" in key:
-            assert param.grad is not None, key
-            assert param.grad.abs().sum() > 0, key
+    stack.before_step()
+    learned = {key: coefficients_of(layer) for key, layer in method.modules.items()}
+    learned.update((key, scratch.get_parameter(key)) for key in template_names(scratch))
+    for key, param in learned.items():
+        assert param.grad is not None, key
+        assert param.grad.abs().sum() > 0, key
 
 
 def test_pretrained_start_is_the_best_approximation():
@@ -219,8 +241,7 @@ def test_encoder_and_decoder_have_banks_of_their_own():
 
 
 def test_copies_share_their_own_bank():
-    model = deep_bert()
-    attach(model)
+    model = shared(deep_bert())
     clone = copy.deepcopy(model)
     assert torch.equal(logits(model), logits(clone))
     with torch.no_grad():
@@ -281,8 +302,13 @@ def test_a_later_method_that_fails_gives_the_weights_back(tmp_path):
         make_trainer("bert", tmp_path, [SharingConfig(), SparsificationConfig()], model)
     assert_same_weights(weights(model), before)
     attach(model)
-    with pytest.raises(ValueError, match="already parametrized"):
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"Another method works on '.*' already"):
         attach(model)
+    assert_same_weights(weights(model), before)
+    other = shared(deep_bert())
+    with pytest.raises(ValueError, match=r"works on '.*' already, or it shares its weight"):
+        attach(other)
 
 
 def test_recurrence_penalty_makes_layers_alike(tmp_path):
@@ -351,7 +377,9 @@ def test_shared_wide_resnets_have_the_published_sizes(depth, width, templates, c
     with torch.device("meta"):
         model = WideResNet(depth, width)
     if templates:
-        published_sharing(templates).build().attach(model)
+        stack, method = stacked(model, published_sharing(templates))
+        assert len(method.modules) == 18
+        stack.bake()
         assert len(layer_names(model)) == 18
     assert parameters(model) == count
 
@@ -363,10 +391,13 @@ def layer_names(model):
 def test_a_small_shared_wide_resnet_runs():
     torch.manual_seed(0)
     model = WideResNet(16, 1)
-    published_sharing(2).build().attach(model)
+    stack, _ = stacked(model, published_sharing(2))
     images = torch.stack([example["pixel_values"] for example in dataset("vit", 4)])
     model(images).sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    stack.before_step()
+    own = [p for group in stack.param_groups() for p in group["params"]]
+    assert len(own) == 6
+    assert all(p.grad is not None for p in [*stack.parameters(), *own])
     with pytest.raises(ValueError, match="depth must be"):
         WideResNet(15)
 

@@ -15,7 +15,7 @@ from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules.bank import banks_of, shared_layers, template_names
 from hf_approx.packing import SharedSpec, expand, pack_shared, unpack_shared
 from models import batch, build
-from sharing import attach, deep_bert, logits, parameters
+from sharing import deep_bert, logits, parameters, shared
 
 LOAD = """
 import sys, torch, transformers, hf_approx
@@ -53,8 +53,7 @@ def test_train_save_and_load_in_a_fresh_process(tmp_path, name):
 def shared_bert(tmp_path_factory):
     """A folder with a saved shared model, and that model."""
     folder = tmp_path_factory.mktemp("shared")
-    model = deep_bert()
-    attach(model, templates=2)
+    model = shared(deep_bert(), templates=2)
     attach_packing(model, [])
     model.save_pretrained(folder)
     return folder, model

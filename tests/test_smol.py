@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from helpers import assert_resumes_after_crash, make_trainer
+from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, stacked, trained_weight, weights
 from hf_approx import SmolConfig
+from hf_approx.methods.latent import every_latent
 from hf_approx.methods.noise import draw
 from hf_approx.methods.precision import precision
 from hf_approx.methods.rounding import expand
@@ -20,32 +20,31 @@ from test_trainer import assert_close_weights, no_dropout
 
 
 def smol_on(layer, **options):
-    """A method attached to one layer, in a model of it alone."""
+    """The stack and the method on one layer, in a model of it alone."""
     config = {"target_modules": ["0"], "target_bits": None, **options}
-    method = SmolConfig(**config).build()
-    method.attach(nn.ModuleList([layer]))
-    return method
+    return stacked(nn.ModuleList([layer]), SmolConfig(**config))
 
 
 def quadratic(noise, **options):
     """A layer of 4 outputs whose rows are 256 draws of one weight each, near zero and at scale 1."""
     layer = nn.Linear(256, 4, bias=False)
     nn.init.constant_(layer.weight, 1e-12)
-    method = smol_on(layer, granularity="channel", noise=noise, train_scale=False, **options)
+    stack, method = smol_on(layer, granularity="channel", noise=noise, train_scale=False, **options)
     method.noises[0].log_scale.data.zero_()
-    return layer, method
+    return layer, stack, method
 
 
 @pytest.mark.parametrize(("noise", "factor"), [("uniform", 1 / 6), ("rademacher", 1 / 2)])
 def test_noise_costs_what_the_second_order_says(noise, factor):
     """S1: E L(w + sigma eps) - L(w) is a known multiple of sum H sigma^2, for a quadratic L."""
-    layer, method = quadratic(noise)
+    layer, stack, method = quadratic(noise)
     curvature = torch.tensor([0.1, 1.0, 10.0, 100.0])
     sigma = torch.tensor([0.9, 0.5, 0.2, 0.05])
     method.noises[0].limits.data.copy_(torch.logit(sigma)[:, None])
     losses = []
     for step in range(400):
         method.noises[0].step = step
+        stack.write()
         losses.append(float((curvature[:, None] * layer.weight.detach() ** 2 / 2).sum(0).mean()))
     expected = factor * float((curvature * sigma**2).sum())
     assert sum(losses) / len(losses) == pytest.approx(expected, rel=0.01)
@@ -55,16 +54,16 @@ def test_noise_costs_what_the_second_order_says(noise, factor):
 def test_learned_precisions_are_those_of_the_closed_form(noise):
     """S1: H sigma^2 = 3 lambda / ln 2 (uniform) or lambda / ln 2 (rademacher) where gradient and penalty balance."""
     curvature, lambda_ = torch.tensor([0.1, 1.0, 10.0, 100.0]), 1e-2
-    layer, method = quadratic(noise, initial_bits=4.0, penalty=lambda_ / 256, noise_fraction=1.0)
+    layer, stack, method = quadratic(noise, initial_bits=4.0, penalty=lambda_ / 256, noise_fraction=1.0)
     limits = method.noises[0].limits
     optimizer = torch.optim.Adam([limits], lr=3e-2)
     learned = []
     for step in range(1500):
-        method.on_step(step / 1500)
-        loss = (curvature[:, None] * layer.weight**2 / 2).mean(1).sum() + method.penalty()
-        optimizer.zero_grad()
-        loss.backward()
+        stack.advance(step / 1500)
+        (curvature[:, None] * layer.weight**2 / 2).mean(1).sum().backward()
+        stack.before_step()
         optimizer.step()
+        stack.zero_grad()
         optimizer.param_groups[0]["lr"] = 3e-2 * (1 - step / 1500)
         learned.append(precision(limits.detach()).reshape(-1))
     times = 3 if noise == "uniform" else 1
@@ -76,13 +75,16 @@ def test_learned_precisions_are_those_of_the_closed_form(noise):
 def test_the_gradient_is_straight_through_inside_the_clip_range_only(bits):
     layer = nn.Linear(6, 1, bias=False)
     layer.weight.data = torch.tensor([[-1.9, -0.4, 0.3, 0.6, 0.99, 1.99]])
-    method = smol_on(layer, granularity="tensor", scale_granularity="tensor", bits=(bits,), noise_fraction=0.0)
-    method.settle()
+    options = {"granularity": "tensor", "scale_granularity": "tensor", "bits": (bits,), "noise_fraction": 0.0}
+    stack, method = smol_on(layer, **options)
+    stack.settle()
     noise = method.noises[0]
     noise.log_scale.data.zero_()
+    stack.write()
     upstream = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     (layer.weight * upstream).sum().backward()
-    original = layer.parametrizations.weight.original
+    stack.before_step()
+    original = trained_weight(layer)
     inside = original.detach().abs() <= 2 - 2.0 ** (1 - bits)
     assert torch.equal(original.grad, upstream * inside)
     error = layer.weight.detach() - original.detach() * inside
@@ -93,59 +95,66 @@ def test_gradients_of_noisy_weights_are_those_of_the_formula():
     """Against autograd through w_eff = scale (clip(w / scale) + sigma(s) eps), with s kept out of the clip range."""
     torch.manual_seed(0)
     layer = nn.Linear(10, 3, bias=False)
-    method = smol_on(layer, granularity="group", group_size=4, noise_fraction=1.0, initial_bits=3.0)
+    stack, method = smol_on(layer, granularity="group", group_size=4, noise_fraction=1.0, initial_bits=3.0)
     noise = method.noises[0]
     noise.limits.data.normal_(0, 1)
     method._tell()
+    stack.write()
     upstream = torch.randn(3, 10)
     (layer.weight * upstream).sum().backward()
-    w = layer.parametrizations.weight.original.detach().clone().requires_grad_()
+    stack.before_step()
+    w = trained_weight(layer).detach().clone().requires_grad_()
     s = noise.limits.detach().clone().requires_grad_()
     scale, eps = noise.scale, draw(w.shape, (0, noise.step, 0), "uniform", w.device)
     sigma = torch.sigmoid(s).repeat_interleave(4, 1)[:, :10]
     limit = (2 - sigma.detach()) * scale
     expected = torch.minimum(torch.maximum(w, -limit), limit) + scale * sigma * eps
     assert noise.limits.shape == (3, 3)
-    torch.testing.assert_close(layer.weight, expected)
+    torch.testing.assert_close(layer.weight.detach(), expected.detach())
     (expected * upstream).sum().backward()
-    torch.testing.assert_close(layer.parametrizations.weight.original.grad, w.grad)
+    torch.testing.assert_close(trained_weight(layer).grad, w.grad)
     torch.testing.assert_close(noise.limits.grad, s.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_penalty_has_the_gradient_of_the_specification():
     """S3: d penalty / ds = -sigma(-s) / ln 2 for each weight the limit governs."""
     layer = nn.Linear(10, 3, bias=False)
-    method = smol_on(layer, granularity="group", group_size=4, penalty=0.5)
-    method.penalty().backward()
+    stack, method = smol_on(layer, granularity="group", group_size=4, penalty=0.5)
+    stack.before_step()
     limits = method.noises[0].limits
     expected = -0.5 * torch.tensor([4.0, 4.0, 2.0]) * torch.sigmoid(-limits.detach()) / math.log(2)
     torch.testing.assert_close(limits.grad, expected)
 
 
 def test_without_noise_the_layer_computes_what_it_did():
-    """S3: as sigma goes to zero, and in eval mode at any sigma."""
+    """S3: as sigma goes to zero, and while evaluating at any sigma."""
     layer = nn.Linear(16, 8).double()
     weight = layer.weight.detach().clone()
-    method = smol_on(layer, bits=(8,), initial_bits=8.0)
-    assert not torch.equal(layer.weight, weight)
-    layer.eval()
+    stack, method = smol_on(layer, bits=(8,), initial_bits=8.0)
     span = weight.abs().amax(1, keepdim=True)
     method.noises[0].log_scale.data.copy_(span.log())
-    assert torch.equal(layer.weight, weight)
-    layer.train()
+    stack.write()
+    assert not torch.equal(layer.weight, weight)
+    with stack.evaluating():
+        assert torch.equal(layer.weight, weight)
+    assert not torch.equal(layer.weight, weight)
     method.noises[0].limits.data.fill_(-20)
+    stack.write()
     torch.testing.assert_close(layer.weight, weight, atol=1e-8, rtol=0)
 
 
 def test_noise_is_the_same_in_a_step_and_fresh_in_the_next():
     layer = nn.Linear(16, 8)
-    method = smol_on(layer, noise_fraction=1.0)
-    method.on_step(0.0)
-    first = layer.weight.detach()
+    stack, _ = smol_on(layer, noise_fraction=1.0)
+    stack.advance(0.0)
+    first = layer.weight.detach().clone()
+    assert not torch.equal(first, trained_weight(layer))
+    stack.write()
     assert torch.equal(layer.weight, first)
     torch.rand(5)
+    stack.write()
     assert torch.equal(layer.weight, first)
-    method.on_step(0.1)
+    stack.advance(0.1)
     assert not torch.equal(layer.weight, first)
 
 
@@ -159,18 +168,20 @@ def test_noise_differs_between_modules_and_seeds():
 
 def test_a_target_that_whole_parts_cannot_meet_is_refused_and_changes_nothing():
     model = nn.ModuleList([nn.Linear(8, 4), nn.Linear(8, 4)])
+    before = weights(model)
     with pytest.raises(ValueError, match=r"2 parts .* cannot average 2.25 bits"):
-        SmolConfig(target_modules=["0", "1"], target_bits=2.25, granularity="tensor").build().attach(model)
-    assert not any(parametrize.is_parametrized(m) for m in model)
+        stacked(model, SmolConfig(target_modules=["0", "1"], target_bits=2.25, granularity="tensor"))
+    assert not list(every_latent(model))
+    assert_same_weights(weights(model), before)
 
 
 def test_a_budget_that_zeros_put_out_of_reach_is_warned_of(caplog):
     """Parts of 32 and 64 weights average 7 / 3 or 8 / 3 bits, never 2.5, which two of 64 could."""
     model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     model[0].weight.data[:, ::2] = 0
-    method = SmolConfig(target_modules=["0", "1"], target_bits=2.5, granularity="tensor").build()
-    method.attach(model)
-    method.settle()
+    config = SmolConfig(target_modules=["0", "1"], target_bits=2.5, granularity="tensor")
+    stack, method = stacked(model, config)
+    stack.settle()
     assert [record.getMessage() for record in caplog.records] == [
         f"SmolConfig: the precisions of 2 parts average {method.metrics()['bits']:.3f} bits instead of 2.5; choose a "
         "finer granularity than 'tensor' or that target."
@@ -181,30 +192,29 @@ def test_stored_weights_are_clipped_to_the_range_of_their_precision_unless_froze
     for trains in (True, False):
         layer = nn.Linear(64, 4, bias=False)
         layer.weight.data[0, 0] = 50.0
-        method = smol_on(layer, target_bits=3.0, train_weights=trains)
-        method.on_step(0.0)
-        stored = layer.parametrizations.weight.original
+        stack, method = smol_on(layer, target_bits=3.0, train_weights=trains)
+        stack.advance(0.0)
+        stored = trained_weight(layer)
         bound = float(method.noises[0].bound().max())
         assert bound < 30
         assert float(stored[0, 0]) == (pytest.approx(bound) if trains else 50.0)
         assert stored.requires_grad == trains
-        method.detach()
+        stack.detach()
         assert layer.weight.requires_grad
 
 
 def test_a_tighter_penalty_where_gradients_are_large_keeps_more_bits():
     """Curvatures 100 times apart differ by log2(10) bits at any budget, whatever Adam makes of their gradients."""
     options = {"target_bits": 4.0, "initial_bits": 4.0, "noise_fraction": 1.0, "limit_init": "constant"}
-    layer, method = quadratic("uniform", **options)
+    layer, stack, method = quadratic("uniform", **options)
     curvature = torch.tensor([0.1, 0.1, 10.0, 10.0])
     optimizer = torch.optim.Adam([method.noises[0].limits], lr=2e-2)
     for step in range(600):
-        method.on_step(step / 600)
-        loss = (curvature[:, None] * layer.weight**2 / 2).mean(1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        method.on_gradients()
+        stack.advance(step / 600)
+        (curvature[:, None] * layer.weight**2 / 2).mean(1).sum().backward()
+        stack.before_step()
         optimizer.step()
+        stack.zero_grad()
     bits = precision(method.noises[0].limits.detach()).reshape(-1)
     assert float(bits.mean()) == pytest.approx(4.0, abs=0.02)
     assert float(bits[2:].mean() - bits[:2].mean()) == pytest.approx(0.5 * math.log2(100), abs=0.15)
@@ -215,17 +225,18 @@ def test_limits_start_where_squared_gradients_say(granularity):
     """Gradients of rows four times apart, of the same scale, are two bits apart; they come to the assignment."""
     torch.manual_seed(0)
     layer = nn.Linear(512, 4, bias=False)
-    method = smol_on(layer, target_bits=4.0, granularity=granularity, train_scale=False, lr=0.0, noise_fraction=1.0)
+    options = {"target_bits": 4.0, "train_scale": False, "lr": 0.0, "noise_fraction": 1.0}
+    stack, method = smol_on(layer, granularity=granularity, **options)
     method.noises[0].log_scale.data.zero_()
     size = torch.tensor([[1.0], [1.0], [4.0], [4.0]])
     for step in range(100):
-        method.on_step(step / 200)
-        method.noises[0].limits.grad = None
+        stack.advance(step / 200)
+        stack.zero_grad()
         (layer.weight * size * torch.randn(4, 512)).sum().backward()
-        method.on_gradients()
+        stack.before_step()
     bits = precision(method.noises[0].limits.detach()).reshape(4, -1).mean(1)
     assert float(bits[2:].mean() - bits[:2].mean()) == pytest.approx(2.0, abs=0.4)
-    method.finalize()
+    stack.finalize()
     assigned = expand(method.grids["0.weight"].bits, layer.weight.shape).float()
     assert float(assigned.mean()) == pytest.approx(4.0, abs=0.02)
     assert float(assigned[2:].mean() - assigned[:2].mean()) == pytest.approx(2.0, abs=0.5)
@@ -245,11 +256,12 @@ LAYERS = {
 def test_every_layer_ends_on_its_grid(kind, granularity):
     torch.manual_seed(0)
     layer = LAYERS[kind]()
-    method = smol_on(layer, target_bits=3.0, granularity=granularity, group_size=5)
+    stack, method = smol_on(layer, target_bits=3.0, granularity=granularity, group_size=5)
     for progress in (0.0, 0.4, 0.6):
-        method.on_step(progress)
+        stack.advance(progress)
         layer.weight.square().sum().backward()
-    assert method.finalize() == ["0.weight"]
+        stack.before_step()
+    assert stack.finalize() == ["0.weight"]
     grid = method.grids["0.weight"]
     assert type(layer) is type(LAYERS[kind]())
     assert torch.equal(round_to_grid(layer.weight, grid), layer.weight)
@@ -262,11 +274,11 @@ def test_zeros_stay_zero_and_count_nothing():
     layer = nn.Linear(64, 8, bias=False)
     layer.weight.data[:, ::2] = 0
     layer.weight.data[0] = 0
-    method = smol_on(layer, target_bits=2.5, granularity="weight")
+    stack, method = smol_on(layer, target_bits=2.5, granularity="weight")
     assert (layer.weight[:, ::2] == 0).all()
-    method.settle()
+    stack.settle()
     assert method.metrics()["bits"] == pytest.approx(2.5, abs=0.02)
-    method.finalize()
+    stack.finalize()
     grid = method.grids["0.weight"]
     assert torch.equal(grid.bits == 0, layer.weight == 0)
     assert float(grid.bits[layer.weight != 0].float().mean()) == pytest.approx(2.5, abs=0.02)
@@ -274,14 +286,15 @@ def test_zeros_stay_zero_and_count_nothing():
 
 def test_targets_by_pattern_are_met_one_by_one():
     model = nn.ModuleDict({"a": nn.Linear(64, 16), "b": nn.Linear(64, 32)})
-    method = SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5, "b": 5.0}, group_size=4).build()
-    method.attach(model)
-    method.finalize()
+    config = SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5, "b": 5.0}, group_size=4)
+    stack, method = stacked(model, config)
+    stack.finalize()
     means = {n: float(expand(g.bits, model.get_parameter(n).shape).float().mean()) for n, g in method.grids.items()}
     assert means == {"a.weight": pytest.approx(2.5, abs=0.02), "b.weight": pytest.approx(5.0, abs=0.02)}
     with pytest.raises(ValueError, match="target_bits has no pattern for 'b'"):
-        SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5}).build().attach(
-            nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        stacked(
+            nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}),
+            SmolConfig(target_modules=["a", "b"], target_bits={"a": 2.5}),
         )
 
 

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from helpers import stacked
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.methods.budget import cubic_ramp, global_top_k
+from hf_approx.methods.latent import every_latent
 from hf_approx.methods.sparsification import SigmoidMask
 from models import ARCHITECTURES, build
 
@@ -22,22 +23,14 @@ def small_net():
     )
 
 
-def drive(model, method, steps=20, lr=1e-2):
-    """A plain loop: what any user without a Trainer would write."""
-    own = [p for group in method.param_groups() for p in group["params"]]
-    ids = {id(p) for p in own}
-    task = torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], lr=lr, weight_decay=0.1)
-    masks = torch.optim.Adam(method.param_groups()) if own else None
+def drive(model, stack, steps=20, lr=1e-2):
+    """A plain loop: what any user without a Trainer would write. Schedules are those of the step that comes."""
+    optimizer = stack.bind(torch.optim.AdamW(stack.parameters(), lr=lr, weight_decay=0.1), steps=steps)
     x, y = torch.randn(32, 3, 8, 8), torch.randint(0, 2, (32,))
     for step in range(steps):
-        method.on_step(step / (steps - 1))
-        loss = nn.functional.cross_entropy(model(x), y)
-        penalty = method.penalty()
-        (loss if penalty is None else loss + penalty).backward()
-        for optimizer in (task, masks):
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
         yield step
 
 
@@ -71,10 +64,10 @@ def test_b2_gradient_of_the_scores(scale):
 
 def test_penalty_and_its_gradient_match_the_closed_form():
     model = nn.ModuleList([nn.Linear(4, 3, bias=False)])
-    method = SparsificationConfig(target_sparsity=None, preset="paper", penalty=0.3, initial_score=0.1).build()
-    method.attach(model)
-    method.on_step(0.25)
-    method.penalty().backward()
+    config = SparsificationConfig(target_sparsity=None, preset="paper", penalty=0.3, initial_score=0.1)
+    stack, method = stacked(model, config)
+    stack.advance(0.25)
+    stack.before_step()
     beta, c, s = 200**0.5, 1 + math.exp(-0.1), 0.1
     m = 1 / (1 + math.exp(-beta * s))
     assert method.penalty().item() == pytest.approx(0.3 * c * 12 * m, rel=1e-6)
@@ -84,16 +77,16 @@ def test_penalty_and_its_gradient_match_the_closed_form():
 
 
 def test_b3_temperature_is_geometric_over_the_soft_phase():
-    method = SparsificationConfig(target_sparsity=None, preset="paper", soft_fraction=1.0).build()
-    method.attach(nn.ModuleList([nn.Linear(2, 2)]))
+    config = SparsificationConfig(target_sparsity=None, preset="paper", soft_fraction=1.0)
+    stack, method = stacked(nn.ModuleList([nn.Linear(2, 2)]), config)
     seen = []
     for epoch in range(84):
-        method.on_step(epoch / 84)
+        stack.advance(epoch / 84)
         seen.append(method.metrics()["temperature"])
     assert seen[0] == pytest.approx(1.0)
     assert seen[1] / seen[0] == pytest.approx(1.06510694, rel=1e-6)
     assert seen[42] == pytest.approx(14.1421, rel=1e-5)
-    method.on_step(1.0)
+    stack.advance(1.0)
     assert method.is_final
 
 
@@ -102,11 +95,9 @@ def test_b3_temperature_is_geometric_over_the_soft_phase():
 def test_b6_paper_mask_starts_at_exactly_one(s0, target):
     model = small_net()
     before = model(torch.ones(1, 3, 8, 8))
-    method = SparsificationConfig(
-        preset="paper", initial_score=s0, target_sparsity=target, target_modules=["0", "4"]
-    ).build()
-    method.attach(model)
-    method.on_step(0.0)
+    config = SparsificationConfig(preset="paper", initial_score=s0, target_sparsity=target, target_modules=["0", "4"])
+    stack, _ = stacked(model, config)
+    stack.advance(0.0)
     torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)), before)
 
 
@@ -117,13 +108,12 @@ def test_scores_that_start_equal_come_down_without_a_jump(s0, granularity):
     config = SparsificationConfig(
         preset="scratch", initial_score=s0, target_sparsity=0.5, granularity=granularity, soft_fraction=1.0
     )
-    method = config.build()
-    method.attach(model)
+    stack, method = stacked(model, config)
     scores = method.masks[0].scores
     quarter = []
     for step in range(100):
         before = scores.detach().clone()
-        method.on_step(step / 100)
+        stack.advance(step / 100)
         assert (scores - before).abs().max() <= abs(s0) / 10 + 1e-6
         quarter.append(scores.detach().mean().item())
     if granularity == "2:4":  # pulled by a force that grows, instead of set
@@ -138,15 +128,15 @@ def test_scores_that_start_equal_come_down_without_a_jump(s0, granularity):
 def test_every_preset_reaches_the_target_by_itself(preset):
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(32, 32, bias=False), nn.Linear(32, 16, bias=False)])
-    method = SparsificationConfig(preset=preset, target_sparsity=0.8).build()
-    method.attach(model)
+    stack, method = stacked(model, SparsificationConfig(preset=preset, target_sparsity=0.8))
     optimizer = torch.optim.Adam(method.param_groups())
     x = torch.randn(64, 32)
     for step in range(200):
-        method.on_step(step / 199)
+        stack.advance(step / 199)
         model[1](model[0](x)).square().mean().backward()
+        stack.before_step()
         optimizer.step()
-        optimizer.zero_grad()
+        stack.after_step()
     report = method.report()
     assert report["sparsity"] == pytest.approx(0.8, abs=1e-3)
     assert abs(report["last_correction"]) < 0.02
@@ -162,10 +152,10 @@ def test_a_preset_can_be_replaced():
 def test_detaching_leaves_the_model_as_it_was():
     model = small_net()
     before = {name: param.clone() for name, param in model.named_parameters()}
-    method = SparsificationConfig(target_modules=["0", "4"]).build()
-    method.attach(model)
-    method.settle()
-    method.detach()
+    stack, _ = stacked(model, SparsificationConfig(target_modules=["0", "4"]))
+    stack.settle()
+    assert any(not torch.equal(before[name], param) for name, param in model.named_parameters())
+    stack.detach()
     after = dict(model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -174,12 +164,11 @@ def test_detaching_leaves_the_model_as_it_was():
 def test_steering_sees_every_column():
     """With an even stride a power-of-two width would show it the first column only."""
     model = nn.ModuleList([nn.Linear(1024, 1024, bias=False)])
-    method = SparsificationConfig(target_sparsity=0.9).build()
-    method.attach(model)
+    stack, method = stacked(model, SparsificationConfig(target_sparsity=0.9))
     with torch.no_grad():
         method.masks[0].scores.copy_(torch.rand(1024, 1024))
         method.masks[0].scores[:, ::4] += 100.0
-    method.on_step(0.6)
+    stack.advance(0.6)
     wanted = cubic_ramp(0.6 / 0.75, 0.9)
     assert method.metrics()["sparsity"] == pytest.approx(wanted, abs=0.02)
 
@@ -187,10 +176,9 @@ def test_steering_sees_every_column():
 def test_paper_scale_is_folded_into_the_weight():
     model = nn.ModuleList([nn.Linear(4, 4)])
     original = model[0].weight.detach().clone()
-    method = SparsificationConfig(target_sparsity=0.5, preset="paper").build()
-    method.attach(model)
-    method.settle()
-    method.finalize()
+    stack, _ = stacked(model, SparsificationConfig(target_sparsity=0.5, preset="paper"))
+    stack.settle()
+    stack.finalize()
     kept = model[0].weight != 0
     assert int(kept.sum()) == 8
     torch.testing.assert_close(model[0].weight[kept], 2.0 * original[kept])
@@ -200,38 +188,36 @@ def test_paper_scale_is_folded_into_the_weight():
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.903, 1.0])
 def test_target_is_met_exactly_and_pruned_weights_stay_zero(config, target):
     model = small_net()
-    method = config(target_sparsity=target, target_modules=["0", "4", "5"]).build()
-    method.attach(model)
+    stack, method = stacked(model, config(target_sparsity=target, target_modules=["0", "4", "5"]))
     masks = None
-    for _ in drive(model, method):
+    for _ in drive(model, stack):
         if method.is_final:
             now = [m.weight.detach() != 0 for m in method.modules.values()]
             masks = masks or now
             assert all(torch.equal(a, b) for a, b in zip(masks, now, strict=True))
-    names = method.finalize()
+    assert masks is not None
+    names = stack.finalize()
     params = dict(model.named_parameters())
     total = sum(params[n].numel() for n in names)
     assert sum(int((params[n] == 0).sum()) for n in names) == pytest.approx(target * total, abs=0.5)
     assert all(not torch.signbit(params[n][params[n] == 0]).any() for n in names)
-    assert not any(parametrize.is_parametrized(m) for m in model.modules())
+    assert not list(every_latent(model))
 
 
 def test_sparsity_follows_the_ramp_during_the_soft_phase():
     model = small_net()
-    method = SparsificationConfig(target_sparsity=0.8, target_modules=["4"]).build()
-    method.attach(model)
-    for step in drive(model, method, steps=41):
-        if 0 < step < 30:
-            ramp = cubic_ramp(step / 40 / 0.75, 0.8)
+    stack, method = stacked(model, SparsificationConfig(target_sparsity=0.8, target_modules=["4"]))
+    for step in drive(model, stack, steps=41):
+        if 0 < step < 29:
+            ramp = cubic_ramp((step + 1) / 40 / 0.75, 0.8)
             assert method.metrics()["sparsity"] == pytest.approx(ramp, abs=0.06)
 
 
 def test_learned_scores_differ_from_magnitude():
     model = small_net()
     original = model[4].weight.detach().clone()
-    method = SparsificationConfig(target_sparsity=0.5, target_modules=["4"], mask_lr=0.05).build()
-    method.attach(model)
-    list(drive(model, method, steps=40))
+    stack, method = stacked(model, SparsificationConfig(target_sparsity=0.5, target_modules=["4"], mask_lr=0.05))
+    list(drive(model, stack, steps=40))
     by_magnitude = global_top_k([original.abs()], original.numel() // 2)[0]
     assert (by_magnitude != (method.masks[0].scores > 0)).any()
 
@@ -251,19 +237,19 @@ def test_learned_scores_differ_from_magnitude():
 )
 def test_every_kind_of_layer(layer, x):
     model = nn.ModuleDict({"layer": layer})
-    method = SparsificationConfig(target_sparsity=0.5, target_modules=["layer"]).build()
-    method.attach(model)
+    stack, method = stacked(model, SparsificationConfig(target_sparsity=0.5, target_modules=["layer"]))
     model["layer"](x).sum().backward()
+    stack.before_step()
     assert method.masks[0].scores.grad is not None
-    method.finalize()
+    assert method.masks[0].scores.grad.any()
+    stack.finalize()
     assert int((layer.weight == 0).sum()) == layer.weight.numel() // 2
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_default_targets_are_the_layers_inside_the_blocks(name):
     model = build(name)
-    method = SparsificationConfig().build()
-    method.attach(model)
+    _, method = stacked(model, SparsificationConfig())
     head = model.get_output_embeddings()
     for path, module in method.modules.items():
         assert module is not head
@@ -276,8 +262,7 @@ def test_default_targets_are_the_layers_inside_the_blocks(name):
 
 def test_target_patterns_follow_peft():
     def names(**options):
-        method = MagnitudePruningConfig(**options).build()
-        method.attach(build("bert"))
+        _, method = stacked(build("bert"), MagnitudePruningConfig(**options))
         return list(method.modules)
 
     assert names(target_modules=["query"]) == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(2)]
@@ -294,7 +279,7 @@ def test_bad_targets_change_nothing():
         ({"target_modules": ["wte"]}, "tied"),
     ):
         with pytest.raises(ValueError, match=message):
-            SparsificationConfig(**options).build().attach(model)
+            stacked(model, SparsificationConfig(**options))
     assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
@@ -344,8 +329,7 @@ def test_magnitude_pruning_removes_the_smallest(scope):
     with torch.no_grad():
         model[0].weight.copy_(torch.arange(1.0, 101.0).reshape(10, 10))
         model[1].weight.copy_(torch.arange(201.0, 301.0).reshape(10, 10))
-    method = MagnitudePruningConfig(target_sparsity=0.5, scope=scope).build()
-    method.attach(model)
-    method.settle()
+    stack, _ = stacked(model, MagnitudePruningConfig(target_sparsity=0.5, scope=scope))
+    stack.settle()
     kept = [int((m.weight != 0).sum()) for m in model]
     assert kept == ([0, 100] if scope == "global" else [50, 50])

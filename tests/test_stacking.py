@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, weights
+from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, stacked, trained_weight, weights
 from hf_approx import MagnitudePruningConfig, MovementPruningConfig, SmolConfig, SparsificationConfig
 from hf_approx import UniformQuantizationConfig as UniformConfig
+from hf_approx.methods.latent import every_latent
 from hf_approx.packing.grid import expand, round_to_grid
 from models import build
 
@@ -30,7 +31,7 @@ def test_a_mask_and_a_grid_end_with_both(tmp_path, mask, grid):
         assert torch.equal(round_to_grid(params[name], on), params[name])
         kept = params[name] != 0
         assert not bool((expand(on.bits, kept.shape) == 0)[kept].any())
-    assert not any(parametrize.is_parametrized(m) for m in trainer.model.modules())
+    assert not list(every_latent(trainer.model))
 
 
 @pytest.mark.parametrize("crash", [3, 7], ids=["soft", "hard"])
@@ -43,14 +44,13 @@ def test_a_crashed_stack_resumes_to_the_same_weights(tmp_path, crash):
 
 def test_precisions_are_assigned_once_the_mask_is_hard(tmp_path):
     trainer = make_trainer("bert", tmp_path, approx=[CS, SMOL])
-    cs, smol = trainer.methods
+    stack, (cs, smol) = trainer.stack, trainer.methods
     assert smol.settles_at == cs.settles_at == 0.75
     for progress in (0.0, 0.5, 0.74, 0.75):
-        for method in trainer.methods:
-            method.on_step(progress)
+        stack.advance(progress)
         assert cs.is_final == smol.is_final == (progress == 0.75)
-    for masked in smol.modules.values():
-        assert torch.equal(masked.weight == 0, masked.parametrizations.weight[0].scores == -torch.inf)
+    for masked, mask in zip(smol.modules.values(), cs.masks, strict=True):
+        assert torch.equal(masked.weight == 0, mask.scores == -torch.inf)
 
 
 def stack_error(tmp_path, *configs):
@@ -59,7 +59,7 @@ def stack_error(tmp_path, *configs):
     with pytest.raises(ValueError) as error:
         make_trainer("bert", tmp_path, approx=list(configs), model=model)
     assert_same_weights(weights(model), before)
-    assert not any(parametrize.is_parametrized(m) for m in model.modules())
+    assert not list(every_latent(model))
     return str(error.value)
 
 
@@ -81,21 +81,26 @@ def test_weights_that_something_else_parametrized_are_refused(tmp_path):
     method = make_trainer("bert", tmp_path, approx=[SMOL], model=model).methods[0]
     assert name not in method.modules
     assert name.replace(".0.", ".1.") in method.modules
-    with pytest.raises(ValueError, match="already parametrized by another method"):
-        SMOL.build().attach(model)
+    with pytest.raises(ValueError, match=r"Another method works on 'bert\.encoder\.layer\.0\.attention\.self\.query'"):
+        stacked(model, SMOL)
 
 
 def test_taking_the_second_method_off_leaves_the_first():
     model = nn.ModuleList([nn.Linear(8, 8)])
-    mask = MagnitudePruningConfig(target_sparsity=0.5, target_modules=["0"], ramp_fraction=0.0).build()
-    mask.attach(model)
-    mask.settle()
-    masked = model[0].weight.detach().clone()
-    grid = UniformConfig(bits=1, target_modules=["0"]).build()
-    grid.attach(model, [mask])
+    dense = model[0].weight.detach().clone()
+    stack, mask, grid = stacked(
+        model,
+        MagnitudePruningConfig(target_sparsity=0.5, target_modules=["0"], ramp_fraction=0.0),
+        UniformConfig(bits=1, target_modules=["0"]),
+    )
+    stack.settle()
+    masked = dense * mask.stages["0"].mask
+    assert int((masked == 0).sum()) == 32
     assert not torch.equal(model[0].weight, masked)
     grid.detach()
+    stack.write()
     assert torch.equal(model[0].weight, masked)
+    assert torch.equal(trained_weight(model[0]), dense)
     assert mask.finalize() == ["0.weight"]
     assert torch.equal(model[0].weight, masked)
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from helpers import assert_same_weights, edit_packing, make_trainer, python, weights
+from helpers import assert_same_weights, edit_packing, make_trainer, python, stacked, weights
 from hf_approx import PackedFormatError, SparsificationConfig
 from hf_approx.cli import main
 from hf_approx.structures import ARCHITECTURES, feature_dim, find_structures, remove_units
@@ -168,9 +168,9 @@ def test_every_config_can_express_fewer_neurons(tmp_path):
     models, lines, removed = {}, [], {}
     for name in sorted(ARCHITECTURES["neuron"]):
         models[name] = make(name)
-        method = SparsificationConfig(granularity="neuron", target_sparsity=0.25).build()
-        method.attach(models[name])
-        method.finalize()
+        stack, method = stacked(models[name], SparsificationConfig(granularity="neuron", target_sparsity=0.25))
+        stack.settle()
+        stack.bake()
         removed[name] = method.removed
         models[name].save_pretrained(tmp_path / name)
         lines.append(("bert" if name in EXTRA else name, type(models[name]).__name__, str(tmp_path / name)))
@@ -309,11 +309,11 @@ def test_decompress_refuses_sizes_no_config_can_express(tmp_path, capsys):
 
 
 def compress(layer, granularity, target=0.5):
-    method = SparsificationConfig(granularity=granularity, target_sparsity=target, target_modules=["layer"]).build()
-    method.attach(nn.ModuleDict({"layer": layer}))
+    config = SparsificationConfig(granularity=granularity, target_sparsity=target, target_modules=["layer"])
+    stack, _ = stacked(nn.ModuleDict({"layer": layer}), config)
     for step in range(9):
-        method.on_step(step / 8)
-    method.finalize()
+        stack.advance(step / 8)
+    stack.finalize()
     return layer.weight.detach()
 
 
@@ -348,6 +348,6 @@ def test_two_of_every_four_inputs_stay(layer):
 def test_two_of_four_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"set target_sparsity=0\.5"):
         SparsificationConfig(granularity="2:4", target_sparsity=0.9)
-    method = SparsificationConfig(granularity="2:4", target_sparsity=0.5, target_modules=["0"]).build()
+    config = SparsificationConfig(granularity="2:4", target_sparsity=0.5, target_modules=["0"])
     with pytest.raises(ValueError, match="multiple of 4 input features; exclude '0'"):
-        method.attach(nn.ModuleList([nn.Linear(6, 4)]))
+        stacked(nn.ModuleList([nn.Linear(6, 4)]), config)

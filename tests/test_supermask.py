@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_same_weights, make_trainer, stacked, trained_weight, weights
 from hf_approx.methods import SparsificationConfig
 from models import build
 
@@ -38,20 +38,20 @@ def test_the_scores_learn_while_the_weights_do_not(tmp_path):
     )
     trainer = make_trainer("bert", tmp_path, approx)
     ends = []
-    trainer.add_callback(Ends(ends))
+    trainer.add_callback(Ends(trainer.methods[0], ends))
     trainer.train()
     assert ends[0].std() > 0.05
 
 
 class Ends(TrainerCallback):
-    """Keeps the scores after the last step but one: the last hardens them."""
+    """Keeps the scores before the last step but one: the schedule of the last hardens them."""
 
-    def __init__(self, ends):
-        self.ends = ends
+    def __init__(self, method, ends):
+        self.method, self.ends = method, ends
 
-    def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step == state.max_steps - 1:
-            self.ends.append(torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "scores" in n]))
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps - 2:
+            self.ends.append(torch.cat([mask.scores.detach().flatten() for mask in self.method.masks]))
 
 
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
@@ -60,13 +60,12 @@ def test_detaching_lets_the_weights_train_again(granularity):
     model.bert.encoder.layer[0].output.dense.weight.requires_grad_(False)
     before = {name: param.requires_grad for name, param in model.named_parameters()}
     state = weights(model)
-    method = SparsificationConfig(granularity=granularity, target_sparsity=0.5, **FROZEN).build()
-    method.attach(model)
-    frozen = [n for n, p in model.named_parameters() if "intermediate.dense" in n and not p.requires_grad]
-    assert len(frozen) == 2
-    assert all(name.endswith(("weight", "original")) for name in frozen)
+    stack, _ = stacked(model, SparsificationConfig(granularity=granularity, target_sparsity=0.5, **FROZEN))
+    assert not any(trained_weight(layer.intermediate.dense).requires_grad for layer in model.bert.encoder.layer)
+    offered = {name for name, _ in stack.named_parameters() if "intermediate.dense" in name}
+    assert offered == {f"bert.encoder.layer.{i}.intermediate.dense.bias" for i in range(2)}
     assert model.bert.encoder.layer[0].intermediate.dense.bias.requires_grad
-    method.detach()
+    stack.detach()
     assert {name: param.requires_grad for name, param in model.named_parameters()} == before
     assert_same_weights(weights(model), state)
 

@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from helpers import assert_resumes_after_crash, make_trainer
+from helpers import assert_resumes_after_crash, make_trainer, stacked
 from hf_approx import UniformQuantizationConfig
 from hf_approx.packing.grid import round_to_grid
+from hf_approx.trainer_checkpoint import LATENT_PREFIX
 from models import build, dataset
 from test_trainer import assert_close_weights, no_dropout
 
@@ -68,7 +69,8 @@ def test_rounding_after_training_rounds_the_best_model(tmp_path, caplog):
     assert "Training ended before" not in caplog.text
     best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     for name, grid in method.grids.items():
-        trained = best[name.replace(".weight", ".parametrizations.weight.original")]
+        assert best[name].numel() == 0
+        trained = best[f"{LATENT_PREFIX}{name}"]
         assert torch.equal(trainer.model.get_parameter(name), round_to_grid(trained, grid)), name
 
 
@@ -82,19 +84,20 @@ def test_training_rounded_weights_lowers_the_loss_that_rounding_leaves():
         torch.manual_seed(1)
         layer = nn.Linear(16, 8, bias=False)
         layer.weight.data.copy_(torch.linalg.lstsq(x, target).solution.T)
-        method = UniformQuantizationConfig(bits=2, mode=mode, target_modules=["0"], scale_lr=1e-2).build()
-        method.attach(nn.ModuleList([layer]))
-        groups = [{"params": [layer.parametrizations.weight.original], "lr": 5e-3}, *method.param_groups()]
+        config = UniformQuantizationConfig(bits=2, mode=mode, target_modules=["0"], scale_lr=1e-2)
+        stack, method = stacked(nn.ModuleList([layer]), config)
+        groups = [{"params": stack.parameters(), "lr": 5e-3}, *method.param_groups()]
         optimizer = torch.optim.Adam(groups)
         # Rounded weights jump between neighbours until the steps are small.
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 300)
         for step in range(300 if mode == "qat" else 0):
-            method.on_step(step / 299)
-            optimizer.zero_grad()
+            stack.advance(step / 299)
             (layer(x) - target).square().mean().backward()
+            stack.before_step()
             optimizer.step()
+            stack.after_step()
             schedule.step()
-        method.finalize()
+        stack.finalize()
         losses[mode] = float((layer(x) - target).detach().square().mean())
     assert losses["qat"] < 0.8 * losses["round"]
 

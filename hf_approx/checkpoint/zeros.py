@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 _zeros: dict[int, Tensor | None] = {}
 """By id of a parameter: where it is zero, a byte a weight; None until training starts."""
+_hooks: dict[int, RemovableHandle] = {}
+"""By id of a parameter: what masks its gradient."""
 
 
 def keep_zeros(model: PreTrainedModel) -> None:
@@ -47,12 +50,30 @@ def hold_zeros(param: nn.Parameter) -> None:
         if frozen:
             # A hook that is registered now works once the parameter is trained.
             param.requires_grad_(True)
-        param.register_hook(functools.partial(_mask_gradient, weakref.ref(param)))
+        _hooks[id(param)] = param.register_hook(functools.partial(_mask_gradient, weakref.ref(param)))
         if frozen:
             param.requires_grad_(False)
-        weakref.finalize(param, _zeros.pop, id(param), None).atexit = False
+        weakref.finalize(param, _forget, id(param)).atexit = False
     _zeros[id(param)] = None
     _follow_optimizers()
+
+
+def move_zeros(param: nn.Parameter, other: nn.Parameter) -> None:
+    """Let optimizers leave the zeros of another parameter alone, which is trained in the place of this one."""
+    hold_zeros(other)
+    _zeros[id(other)] = _zeros[id(param)]
+    release_zeros(param)
+
+
+def release_zeros(param: nn.Parameter) -> None:
+    """Let optimizers move all weights of a parameter."""
+    _hooks[id(param)].remove()
+    _forget(id(param))
+
+
+def _forget(key: int) -> None:
+    _zeros.pop(key, None)
+    _hooks.pop(key, None)
 
 
 def holds_zeros(tensor: Tensor) -> bool:

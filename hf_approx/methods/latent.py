@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, move_zeros
 from hf_approx.finite import Named
 from hf_approx.targets import LATENTS, Target
 
@@ -110,11 +111,18 @@ class Latent:
         self.weight = self.start()
         self.stages: list[Stage] = []
         self._held = effective
+        self._has_zeros = holds_zeros(effective)
+        if self._has_zeros:
+            self._take_zeros(effective)
 
     def start(self) -> nn.Parameter:
         """What is trained, as training begins."""
         value = self.target.value
         return nn.Parameter(value.detach().clone(), value.requires_grad)
+
+    def _take_zeros(self, effective: nn.Parameter) -> None:
+        """Keep the zeros of a packed model, which are those of what is trained now."""
+        move_zeros(effective, self.weight)
 
     @property
     def effective(self) -> nn.Parameter:
@@ -141,6 +149,8 @@ class Latent:
         effective.copy_(value)
         effective.requires_grad_(self.trained)
         effective.grad = None
+        if self._has_zeros:
+            hold_zeros(effective)
         held = vars(self.target.module)[LATENTS]
         del held[self.target.parameter]
         if not held:

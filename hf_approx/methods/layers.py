@@ -22,9 +22,14 @@ class BlockMask(SigmoidMask):
 
     It works on what blocks compute, not on weights, so it is a module beside the blocks, and its scores are trained,
     saved and shared out over processes like any parameter of the model.
+
+    Attributes:
+        carrier: Name of a vector of the first block, which no method works on: checkpoints of unfinished training
+            hold it elsewhere, so that nothing takes them for a model.
     """
 
     bypassed = False
+    carrier: str
 
     def install(self, model: nn.Module, blocks: Blocks) -> None:
         """Mask the blocks."""
@@ -38,12 +43,18 @@ class BlockMask(SigmoidMask):
             for i, block in enumerate(layers)
         ]
         self._owner = (owner,)
+        self.carrier = next(f"{blocks.name}.0.{n}" for n, p in layers[0].named_parameters() if p.dim() == 1)
 
     def uninstall(self) -> None:
         """Undo that."""
         for hook in self._hooks:
             hook.remove()
         delattr(self._owner[0], NAME)
+
+
+def is_masked(model: nn.Module, name: str) -> bool:
+    """Whether there is a mask on the list of blocks of that name."""
+    return hasattr(model.get_submodule(name.rpartition(".")[0]), NAME)
 
 
 def _blend(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_approx.checkpoint.zeros import release_zeros
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.latent import Latent, Stage, hold, latent_of
@@ -234,6 +235,14 @@ class SoftSharing(Method):
         """Forget the weights that layers had."""
         self._dense = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the recurrence penalty."""
+        return {"strength": self._strength}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._strength = state["strength"]
+
     def on_step(self, progress: float) -> None:
         """Raise the weight of the recurrence penalty."""
         self.release()
@@ -335,6 +344,10 @@ class Mixing(Latent):
     def start(self) -> nn.Parameter:
         """The coefficients."""
         return self._own
+
+    def _take_zeros(self, effective: nn.Parameter) -> None:
+        """Templates that are mixed from sparse weights are free to become dense."""
+        release_zeros(effective)
 
     def before(self, stage: Stage | None = None) -> Tensor:
         """The mix."""

@@ -18,7 +18,7 @@ from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import HISTOGRAM_BINS, Inserted, Method
 from hf_approx.methods.budget import Group, Scope, global_top_k, plan, top_masks
 from hf_approx.methods.latent import latent_of
-from hf_approx.methods.layers import BlockMask
+from hf_approx.methods.layers import BlockMask, is_masked
 from hf_approx.methods.masks import Layout, SigmoidMask, layout_of
 from hf_approx.methods.sparsification_config import SparsificationConfig
 from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
@@ -75,6 +75,9 @@ class ContinuousSparsification(Method):
         self._model = model
         if kind == "layer":
             self.blocks = {blocks.name: blocks for blocks in find_blocks(model, *patterns)}
+            masked = [name for name in self.blocks if is_masked(model, name)]
+            if masked:
+                raise ValueError(f"Another method works on '{masked[0]}' already; add it to exclude.")
             return {}
         self.structures = {s.consumer.module: s for s in find_structures(model, kind, *patterns)}
         sides = [side.module for structure in self.structures.values() for side in structure.sides]
