@@ -353,7 +353,7 @@ def test_a_ticket_search_that_diverges_keeps_the_round_before(tmp_path):
         lambda model: 0.0,
         checkpoint=tmp_path,
     )
-    with pytest.raises(NotFiniteError, match=r"Ticket search, round 2 of 2: '0.bias' and 3 other tensors hold NaN"):
+    with pytest.raises(NotFiniteError, match=r"Ticket search, round 2 of 2: '0.weight' and 3 other tensors hold NaN"):
         search.run()
     assert [path.name for path in tmp_path.iterdir()] == ["round-1"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import arguments, make_trainer
+from helpers import arguments, make_trainer, stacked
 from hf_approx import MagnitudePruningConfig, SparsificationConfig, TicketConfig, TicketTrainer
 from hf_approx.methods.base import HISTOGRAM_BINS
 from hf_approx.report import Recorder, describe_layers, kind_of
@@ -29,8 +29,7 @@ def test_layers_and_kinds_count_the_zeros():
 def test_the_histogram_is_that_of_the_masks():
     layer = nn.Sequential(nn.Linear(4, 3, bias=False))
     config = SparsificationConfig(preset="paper", target_sparsity=None, target_modules=["0"])
-    method = config.build()
-    method.attach(layer)
+    _, method = stacked(layer, config)
     with torch.no_grad():
         method.masks[0].scores.copy_(torch.linspace(-6, 6, 12).reshape(3, 4))
     masks = torch.sigmoid(torch.linspace(-6, 6, 12))
@@ -46,11 +45,9 @@ def test_two_methods_of_a_kind_are_told_apart():
         SparsificationConfig(target_modules=["0"], target_sparsity=0.5),
         SparsificationConfig(target_modules=["1"], target_sparsity=0.25),
     ]
-    methods = [config.build() for config in configs]
-    for method in methods:
-        method.attach(model)
-        method.settle()
-    recorder = Recorder(methods)
+    stack, *_ = stacked(model, *configs)
+    stack.settle()
+    recorder = Recorder(stack)
     metrics = recorder.record(3)
     assert metrics["sparsification-0/sparsity"] == 0.5
     assert metrics["sparsification-1/sparsity"] == 0.25

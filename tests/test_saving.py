@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainerCallback
 from transformers.utils import hub as transformers_hub
 
-from helpers import arguments, make_trainer
+from helpers import arguments, make_trainer, stacked
 from hf_approx import (
     LayerDroppingConfig,
     MagnitudePruningConfig,
@@ -37,10 +37,9 @@ CLASS = AutoModelForSequenceClassification
 
 
 def pack(model, config=None):
-    method = (config or MagnitudePruningConfig(target_sparsity=0.9)).build()
-    method.attach(model)
-    method.on_step(1.0)
-    attach_packing(model, method.finalize(), grids=method.grids)
+    stack, _ = stacked(model, config or MagnitudePruningConfig(target_sparsity=0.9))
+    stack.advance(1.0)
+    attach_packing(model, stack.bake(), grids=stack.grids)
     return model.eval()
 
 
@@ -246,26 +245,23 @@ METHODS = [
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: type(config).__name__)
 def test_a_model_in_training_is_not_saved_as_one(tmp_path, config):
     model = build("bert")
-    method = config.build()
-    method.attach(model)
+    stack, _ = stacked(model, config)
     accelerator = Accelerator(cpu=True)
-    copied = copy.deepcopy(model)
     for save in (
         model.save_pretrained,
         model.bert.save_pretrained,
-        copied.save_pretrained,
         lambda folder: model.push_to_hub(str(folder)),
         lambda folder: model.save_pretrained(folder, push_to_hub=True),
         lambda folder: accelerator.save_model(model, folder),
     ):
-        with pytest.raises(ValueError, match=r"(at work on|shares its weight).*attach_packing"):
+        with pytest.raises(ValueError, match=r"at work on.*attach_packing"):
             save(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-    names = method.finalize()
+    names = stack.bake()
     if isinstance(config, (SharingConfig, SmolConfig)):  # what a plain checkpoint cannot say
         with pytest.raises(ValueError, match="attach_packing"):
             model.save_pretrained(tmp_path / "model")
-    attach_packing(model, names, grids=method.grids)
+    attach_packing(model, names, grids=stack.grids)
     model.save_pretrained(tmp_path / "model")
     assert torch.equal(logits(CLASS.from_pretrained(tmp_path / "model")), logits(model))
     model.bert.save_pretrained(tmp_path / "base")
@@ -276,9 +272,26 @@ def test_a_model_in_training_is_not_saved_as_one(tmp_path, config):
         assert not (tmp_path / "accelerate").exists()
 
 
+@pytest.mark.parametrize("config", METHODS, ids=lambda config: type(config).__name__)
+def test_a_copy_of_a_model_in_training_is_saved_as_what_it_computes_or_not_at_all(tmp_path, config):
+    model = build("bert").eval()
+    stack, _ = stacked(model, config)
+    stack.settle()
+    copied = copy.deepcopy(model)
+    if isinstance(config, (LayerDroppingConfig, SmolConfig)):  # what a plain checkpoint cannot say
+        with pytest.raises(ValueError, match=r"(at work on|quantizes its input).*attach_packing"):
+            copied.save_pretrained(tmp_path / "model")
+        assert list(tmp_path.iterdir()) == []
+        return
+    copied.save_pretrained(tmp_path / "model")
+    loaded = CLASS.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(build("bert")))
+
+
 def test_the_part_that_no_method_works_on_is_saved(tmp_path):
     model = build("bert")
-    SparsificationConfig(target_modules=["classifier"]).build().attach(model)
+    stacked(model, SparsificationConfig(target_modules=["classifier"]))
     model.bert.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     assert all(torch.equal(t, model.bert.state_dict()[n]) for n, t in loaded.state_dict().items())
@@ -286,7 +299,7 @@ def test_the_part_that_no_method_works_on_is_saved(tmp_path):
 
 def test_a_model_around_the_one_that_a_method_works_on_is_refused(tmp_path):
     model = build("bert")
-    SparsificationConfig().build().attach(model.bert)
+    stacked(model.bert, SparsificationConfig())
     with pytest.raises(ValueError, match=r"at work on 'bert\.encoder"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
@@ -294,7 +307,7 @@ def test_a_model_around_the_one_that_a_method_works_on_is_refused(tmp_path):
 
 def test_a_plain_trainer_does_not_write_checkpoints_that_are_no_models(tmp_path):
     model = build("bert")
-    SparsificationConfig().build().attach(model)
+    stacked(model, SparsificationConfig())
     args = arguments(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="ApproxTrainer"):
         Trainer(model=model, args=args, train_dataset=dataset("bert")).train()
@@ -318,24 +331,20 @@ def test_saving_in_the_middle_of_a_training_says_that_it_is_no_model(tmp_path, c
 
 
 def test_states_of_accelerate_load_into_the_same_method_alone(tmp_path):
-    def prepared():
+    def prepared(config=None):
         torch.manual_seed(0)
         model = build("bert")
-        method = SparsificationConfig(target_sparsity=0.5).build()
-        method.attach(model)
+        stack, _ = stacked(model, config or SparsificationConfig(target_sparsity=0.5))
         accelerator = Accelerator(cpu=True)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        optimizer = stack.bind(torch.optim.Adam(stack.parameters(), lr=1e-3), steps=6)
         model, optimizer = accelerator.prepare(model, optimizer)
-        accelerator.register_for_checkpointing(method)
-        return accelerator, model, method, optimizer
+        accelerator.register_for_checkpointing(stack)
+        return accelerator, model, stack, optimizer
 
-    def step(number, model, method, optimizer):
-        method.on_step(number / 5)
+    def step(number, model, stack, optimizer):
         model.train()
         torch.manual_seed(number)
-        loss = model(**batch("bert"), labels=torch.tensor([0, 1, 0, 1])).loss + (method.penalty() or 0)
-        loss.backward()
-        method.on_gradients()
+        model(**batch("bert"), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -351,9 +360,17 @@ def test_states_of_accelerate_load_into_the_same_method_alone(tmp_path):
         step(number, *others)
     straight, resumed = (parts[0].state_dict() for parts in (rest, others))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    straight, resumed = (parts[1].state_dict() for parts in (rest, others))
+    assert straight["methods"] == resumed["methods"]
+    assert all(torch.equal(tensor, resumed["tensors"][name]) for name, tensor in straight["tensors"].items())
+    other, _, stack, _ = prepared(MovementPruningConfig())
+    before = stack.state_dict()
+    with pytest.raises(ValueError, match=r"does not fit these methods: '.*' is (missing|unknown)"):
+        other.load_state(str(tmp_path / "state"))
+    assert stack.state_dict()["methods"] == before["methods"]
     plain = Accelerator(cpu=True)
     plain.prepare(build("bert"))
-    with pytest.raises(RuntimeError, match="parametrizations"):
+    with pytest.raises(RuntimeError, match="does not match the number of registered objects"):
         plain.load_state(str(tmp_path / "state"))
 
 

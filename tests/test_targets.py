@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from helpers import stacked
 from hf_approx import MagnitudePruningConfig, SharingConfig, SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.cli import main
 from hf_approx.report import kind_of
@@ -110,7 +111,7 @@ def test_a_model_of_nothing_else_is_refused():
 def test_a_codec_whose_layers_are_all_normalized_is_refused():
     config = EncodecConfig(num_filters=4, num_lstm_layers=1, hidden_size=16, codebook_dim=16, codebook_size=8)
     with pytest.raises(ValueError, match=r"No layer of EncodecModel can be compressed. 'encoder.*computes its weight"):
-        SparsificationConfig().build().attach(EncodecModel(config))
+        stacked(EncodecModel(config), SparsificationConfig())
 
 
 def test_a_detector_whose_heads_are_tied_is_packed_without_them(tmp_path, caplog):
@@ -167,8 +168,7 @@ def test_a_detector_whose_heads_are_tied_is_packed_without_them(tmp_path, caplog
 
 def test_layers_that_are_blocks_by_themselves_share_weights():
     model = blocks(*(nn.Linear(4, 4) for _ in range(3)))
-    method = SharingConfig(templates=2).build()
-    method.attach(model)
+    _, method = stacked(model, SharingConfig(templates=2))
     assert list(method.banks) == ["layers"]
     assert [kind_of(name) for name in ("0.weight", "a.b.0.weight", "a.0.b.1.c.weight")] == ["0", "a.b", "c"]
 
@@ -189,7 +189,7 @@ def test_weights_that_are_never_saved_are_no_targets():
     for targets in (["embed_positions"], [TABLES[1]], r".*embed_positions|.*fc1"):
         for config in (SparsificationConfig, MagnitudePruningConfig, SmolConfig):
             with pytest.raises(ValueError, match=r"computes the weight of 'model\.\w+\.embed_positions', and"):
-                config(target_modules=targets).build().attach(model)
+                stacked(model, config(target_modules=targets))
     assert set(dict(model.named_parameters())) == set(dict(marian().named_parameters()))
     assert not set(TABLES) & set(select_modules(model))
     assert set(select_modules(model, r".*embed_positions|.*fc1", ["embed_positions"])) == {

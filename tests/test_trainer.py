@@ -159,7 +159,8 @@ def test_the_best_model_is_one_with_the_final_mask(tmp_path):
     )
     trainer.compute_metrics = lambda prediction: {"score": float(next(worsening))}
     trainer.train()
-    hardened = next(step for step in range(12) if step / 11 >= 0.75) + 1
+    # What is evaluated at a step has the mask of the step that comes.
+    hardened = next(step for step in range(12) if step / 11 >= 0.75)
     assert trainer.state.best_global_step == hardened
     assert sparsity(trainer) == pytest.approx(0.8, abs=1e-3)
 
@@ -269,10 +270,15 @@ def test_avagrad_decay_reaches_weights_but_no_norm_bias_or_score(tmp_path):
     trainer = make_trainer("bert", tmp_path, approx=CS, optimizer=AvaGradConfig(weight_decay=0.01), weight_decay=0.0)
     optimizer = trainer.create_optimizer()
     decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    for name, param in trainer.model.named_parameters():
-        plain = name.endswith("original") or ("embeddings" in name and "LayerNorm" not in name)
+    method = trainer.methods[0]
+    targets = {target.name for target in method.targets.values()}
+    named = dict(trainer.stack.named_parameters())
+    assert named.keys() == dict(trainer.model.named_parameters()).keys() > targets
+    for name, param in named.items():
+        plain = name in targets or ("embeddings" in name and "LayerNorm" not in name)
         plain = plain or name in ("bert.pooler.dense.weight", "classifier.weight")
-        assert decay[id(param)] == (0.01 if plain else 0), name
+        assert decay.pop(id(param)) == (0.01 if plain else 0), name
+    assert decay == {id(mask.scores): 0 for mask in method.masks}
 
 
 def test_without_methods_it_is_an_ordinary_trainer(tmp_path):

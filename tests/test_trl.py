@@ -113,7 +113,7 @@ def test_the_penalty_counts_once_however_many_batches_a_step_has(tmp_path):
         trainer = sft(folder, plain, max_steps=2, optim="sgd", **batching)
         gradients = []
         method = trainer.methods[0]
-        method.on_gradients = lambda: gradients.append([mask.scores.grad.clone() for mask in method.masks])
+        method.on_gradients = lambda scale: gradients.append([mask.scores.grad.clone() for mask in method.masks])
         trainer.train()
         return gradients
 

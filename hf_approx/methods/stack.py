@@ -264,7 +264,8 @@ class MethodStack:
     def settle(self) -> None:
         """Fix the compressed structure of every method now, whatever the schedules say."""
         for method in self.methods:
-            method.settle()
+            if not method.is_final:
+                method.settle()
         self.write()
 
     def metrics(self) -> dict[str, float]:
@@ -286,8 +287,14 @@ class MethodStack:
         """Restore what `tensors` returned and make the effective weights anew.
 
         Raises:
-            ValueError: One is missing, unknown or of another shape.
+            ValueError: One is missing, unknown or of another shape. Nothing is changed.
         """
+        self._refuse_other(tensors)
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+        self.write()
+
+    def _refuse_other(self, tensors: Mapping[str, Tensor]) -> None:
         own = self.tensors()
         odd = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
         if odd:
@@ -295,9 +302,6 @@ class MethodStack:
                 f"The state does not fit these methods: '{odd[0]}' is "
                 + ("missing." if odd[0] not in tensors else "unknown." if odd[0] not in own else "of another shape.")
             )
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-        self.write()
 
     def state_dict(self) -> dict[str, Any]:
         """All that training goes on from: JSON types under `methods`, and `tensors`."""
@@ -305,7 +309,14 @@ class MethodStack:
         return {"methods": [method.state_dict() for method in self.methods], "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned, of the same methods on the same model."""
+        """Restore what `state_dict` returned, of the same methods on the same model.
+
+        Raises:
+            ValueError: It is of others. Nothing is changed.
+        """
+        if len(state["methods"]) != len(self.methods):
+            raise ValueError(f"The state is of {len(state['methods'])} methods, and {len(self.methods)} are at work.")
+        self._refuse_other(state["tensors"])
         for method, saved in zip(self.methods, state["methods"], strict=True):
             method.load_state_dict(saved)
         self.load_tensors(state["tensors"])
@@ -334,6 +345,10 @@ class MethodStack:
         Returns:
             The names that the others and those compressed have now; some may be gone.
         """
+        if not self.is_final:
+            # The last method bakes its whole stack, so those before it are settled before.
+            self.methods[-1].refuse_diverged()
+            self.settle()
         names = [*others, *(name for method in reversed(self.methods) for name in method.bake())]
         for method in sorted(self.methods, key=lambda method: method.renames):
             names = method.remove(names)
