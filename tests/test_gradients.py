@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hf_approx import attach
-from hf_approx.methods.noise import draw
+from hf_approx.methods.noise import draw, noise_keys
 from hf_approx.modules.bank import template_names
 from stacks import BANK, CS, LATE, MAGNITUDE, MOVEMENT, PENALIZED, SHARING, SMALL, SMOL, UNIFORM, small, small_loss
 
@@ -49,7 +49,7 @@ def noise(stage, weight, own):
     """clip(w) + scale * sigma(s) * eps, with s kept out of the clip range and no noise on zeros."""
     scale, sigma = own["log_scale"].exp(), torch.sigmoid(own["limits"]).repeat_interleave(4, 1)
     limit = 2 - sigma.detach()
-    eps = draw(weight.shape, (stage.seed, stage.step, stage.index), stage.law, weight.device).double()
+    eps = draw(weight.shape, noise_keys(stage.seed, stage.step, stage.indices, weight), stage.law).double()
     inside = torch.minimum(torch.maximum(weight / scale, -limit), limit)
     return scale * (inside + sigma * torch.where(weight == 0, 0.0, eps))
 
@@ -115,6 +115,7 @@ def spread_out(stack):
                 stage.temperature.fill_(3.0)
             if method.name == "movement":
                 stage.threshold.fill_(0.1)
+    stack._batches.clear()  # what is stacked of other dtypes
     stack.write()
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, stacked, trained_weight, weights
 from hf_approx import SmolConfig
 from hf_approx.methods.latent import every_latent
-from hf_approx.methods.noise import draw
+from hf_approx.methods.noise import draw, noise_keys
 from hf_approx.methods.precision import precision
 from hf_approx.methods.rounding import expand
 from hf_approx.packing.grid import round_to_grid
@@ -105,7 +105,7 @@ def test_gradients_of_noisy_weights_are_those_of_the_formula():
     stack.before_step()
     w = trained_weight(layer).detach().clone().requires_grad_()
     s = noise.limits.detach().clone().requires_grad_()
-    scale, eps = noise.scale, draw(w.shape, (0, noise.step, 0), "uniform", w.device)
+    scale, eps = noise.scale, draw(w.shape, noise_keys(0, noise.step, [0], w), "uniform")
     sigma = torch.sigmoid(s).repeat_interleave(4, 1)[:, :10]
     limit = (2 - sigma.detach()) * scale
     expected = torch.minimum(torch.maximum(w, -limit), limit) + scale * sigma * eps
@@ -159,11 +159,29 @@ def test_noise_is_the_same_in_a_step_and_fresh_in_the_next():
 
 
 def test_noise_differs_between_modules_and_seeds():
-    shape, device = torch.Size([100]), torch.device("cpu")
-    keys = [(0, 1, 0), (0, 1, 1), (1, 1, 0), (0, 2, 0)]
-    drawn = [draw(shape, key, "uniform", device) for key in keys]
-    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
-    assert set(draw(shape, keys[0], "rademacher", device).tolist()) == {-1.0, 1.0}
+    shape, like = torch.Size([100]), torch.zeros(0)
+    keys = [noise_keys(0, 1, [0, 1], like), noise_keys(1, 1, [0], like), noise_keys(0, 2, [0], like)]
+    drawn = [*draw(torch.Size([2, 100]), keys[0], "uniform"), *(draw(shape, key, "uniform") for key in keys[1:])]
+    assert all(not (a == b).any() for i, a in enumerate(drawn) for b in drawn[:i])
+    assert torch.equal(drawn[0], draw(shape, keys[0][:1], "uniform"))
+    assert torch.equal(drawn[1][30:], draw(torch.Size([70]), keys[0][1:], "uniform", first=30))
+    assert set(draw(shape, keys[1], "rademacher").tolist()) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("law", ["uniform", "rademacher"])
+def test_noise_is_independent_of_place_module_and_step(law):
+    like = torch.zeros(0)
+    size = 1 << 16
+    rows = [draw(torch.Size([size]), noise_keys(0, step, [index], like), law) for step in (0, 1) for index in (0, 1)]
+    for row in rows:
+        assert float(row.abs().max()) <= 1
+        assert float(row.mean()) == pytest.approx(0.0, abs=5 / size**0.5)
+        assert float(row.square().mean()) == pytest.approx(1 / 3 if law == "uniform" else 1.0, abs=0.01)
+        assert float((row[1:] * row[:-1]).mean()) == pytest.approx(0.0, abs=5 / size**0.5)
+    for i, row in enumerate(rows):
+        for other in rows[:i]:
+            for shift in (0, 1, 64):
+                assert float((row * other.roll(shift)).mean()) == pytest.approx(0.0, abs=5 / size**0.5)
 
 
 def test_a_target_that_whole_parts_cannot_meet_is_refused_and_changes_nothing():
@@ -326,7 +344,8 @@ class Record(TrainerCallback):
         self.method, self.kept = method, kept
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.kept.append(torch.cat([p.limits.grad.reshape(-1).clone() for p in self.method.noises]))
+        if not self.method.is_final:
+            self.kept.append(torch.cat([p.limits.grad.reshape(-1).clone() for p in self.method.noises]))
 
 
 SMOL = SmolConfig(target_bits=3.0, group_size=16)
@@ -371,6 +390,7 @@ def test_gradient_accumulation_equals_one_large_batch(tmp_path):
 
     whole = gradients(tmp_path / "a", per_device_train_batch_size=8)
     parts = gradients(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert len(whole) == 3  # the last of four steps has rounded weights
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 

@@ -1,13 +1,25 @@
 """Zeros of a packed model stay zero, whatever trains it."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from helpers import make_trainer
-from hf_approx import SparsificationConfig, attach_packing, keep_zeros
+from hf_approx import (
+    MagnitudePruningConfig,
+    MovementPruningConfig,
+    SharingConfig,
+    SmolConfig,
+    SparsificationConfig,
+    UniformQuantizationConfig,
+    attach,
+    attach_packing,
+    keep_zeros,
+)
+from hf_approx.modules.bank import template_names
 from models import batch, build
 
 KEY = "bert.encoder.layer.0.output.dense.weight"
@@ -255,6 +267,50 @@ def test_averaged_weights_have_the_same_zeros(model):
         step(model, optimizer)
         averaged.update_parameters(model)
     assert all(torch.equal(now, before[name]) for name, now in zeros(averaged.module).items())
+
+
+METHODS = {
+    "cs": SparsificationConfig(target_sparsity=0.85),
+    "one shot": MagnitudePruningConfig(target_sparsity=0.85, ramp_fraction=0.0),
+    "movement": MovementPruningConfig(target_sparsity=0.85),
+    "smol": SmolConfig(target_bits=4.0),
+    "uniform": UniformQuantizationConfig(bits=4),
+}
+
+
+@pytest.mark.parametrize("config", METHODS.values(), ids=METHODS)
+def test_what_is_trained_under_a_method_keeps_the_zeros_and_no_others(model, config):
+    before, names = zeros(model), {"target_modules": ["intermediate.dense", "output.dense"]}
+    stack = attach(model, replace(config, **names, exclude=["attention.output.dense"]))
+    optimizer = stack.bind(torch.optim.Muon(matrices(stack.parameters()), lr=0.01), steps=6)
+    latents = {latent.target.name: latent.weight for latent in stack.latents}
+    assert latents.keys() == before.keys()
+    start = {name: weight.detach().clone() for name, weight in latents.items()}
+    for _ in range(5):
+        loss_of(model).backward()
+        stack.before_step()
+        for name, zero in before.items():
+            assert not latents[name].grad[zero].any()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, zero in before.items():
+            assert torch.equal(latents[name] == 0, zero)
+    assert all(not torch.equal(weight, start[name]) for name, weight in latents.items())
+    stack.detach()
+    assert all(torch.equal(now, before[name]) for name, now in zeros(model).items())
+    step(model, torch.optim.Muon(matrices(model.parameters()), lr=0.01))
+    assert all(torch.equal(now, before[name]) for name, now in zeros(model).items())
+    assert not any(model.get_parameter(name).grad[zero].any() for name, zero in before.items())
+
+
+def test_templates_of_sparse_weights_become_dense(model):
+    stack = attach(model, SharingConfig(templates=1))
+    optimizer = stack.bind(torch.optim.AdamW(stack.parameters(), lr=0.01))
+    names = [name for name in template_names(model) if "intermediate" in name]
+    zero = {name: (model.get_parameter(name) == 0).float().mean() for name in names}
+    assert min(zero.values()) > 0.5
+    step(model, optimizer)
+    assert all(bool((model.get_parameter(name) != 0).all()) for name in names)
 
 
 def test_a_trainer_keeps_zeros_with_muon_and_under_a_method(folder, tmp_path):

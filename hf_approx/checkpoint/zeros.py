@@ -46,34 +46,46 @@ def keep_zeros(model: PreTrainedModel) -> None:
 def hold_zeros(param: nn.Parameter) -> None:
     """Let no optimizer move the weights that are zero when training next goes on."""
     if not holds_zeros(param):
-        frozen = not param.requires_grad
-        if frozen:
-            # A hook that is registered now works once the parameter is trained.
-            param.requires_grad_(True)
-        _hooks[id(param)] = param.register_hook(functools.partial(_mask_gradient, weakref.ref(param)))
-        if frozen:
-            param.requires_grad_(False)
+        _mask_gradients(param, param)
         weakref.finalize(param, _forget, id(param)).atexit = False
     _zeros[id(param)] = None
     _follow_optimizers()
 
 
 def move_zeros(param: nn.Parameter, other: nn.Parameter) -> None:
-    """Let optimizers leave the zeros of another parameter alone, which is trained in the place of this one."""
-    hold_zeros(other)
-    _zeros[id(other)] = _zeros[id(param)]
-    release_zeros(param)
+    """Let optimizers leave the zeros of another parameter alone.
+
+    Args:
+        param: Has the gradient.
+        other: Of its shape, and trained in its place.
+    """
+    _zeros[id(other)] = _zeros.pop(id(param))
+    weakref.finalize(other, _forget, id(other)).atexit = False
+    _mask_gradients(param, other)
 
 
 def release_zeros(param: nn.Parameter) -> None:
     """Let optimizers move all weights of a parameter."""
-    _hooks[id(param)].remove()
     _forget(id(param))
 
 
 def _forget(key: int) -> None:
     _zeros.pop(key, None)
-    _hooks.pop(key, None)
+    if key in _hooks:
+        _hooks.pop(key).remove()
+
+
+def _mask_gradients(param: nn.Parameter, like: nn.Parameter) -> None:
+    """Let a parameter have no gradient where another is zero."""
+    if id(param) in _hooks:
+        _hooks.pop(id(param)).remove()
+    frozen = not param.requires_grad
+    if frozen:
+        # A hook that is registered now works once the parameter is trained.
+        param.requires_grad_(True)
+    _hooks[id(param)] = param.register_hook(functools.partial(_mask_gradient, weakref.ref(like)))
+    if frozen:
+        param.requires_grad_(False)
 
 
 def holds_zeros(tensor: Tensor) -> bool:
@@ -107,7 +119,9 @@ def _where_zero(param: Tensor) -> Tensor:
 
 def _mask_gradient(reference: weakref.ref[nn.Parameter], grad: Tensor) -> Tensor:
     param = reference()
-    return grad if param is None or grad.is_sparse else grad.masked_fill(_where_zero(param), 0)
+    if param is None or not holds_zeros(param) or grad.is_sparse:
+        return grad
+    return grad.masked_fill(_where_zero(param), 0)
 
 
 @functools.cache
