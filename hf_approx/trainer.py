@@ -156,7 +156,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         if self.methods or sharded:
             self._unpack()
         if sharded:
-            self._prepare_sharding(self.methods)
+            self._prepare_sharding()
         self._recorder = Recorder(self.stack)
         self._suspect = Suspect()
         self._schedule = _Schedule(self.stack, self._end_training, self.refuse_diverged)
@@ -261,7 +261,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             plain = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
             if groups and not isinstance(plain, CompositeOptimizer):
                 trainer.optimizer = CompositeOptimizer(trainer.optimizer, torch.optim.Adam(groups, fused=True))
-            return trainer.optimizer
+            return self._lend(trainer.optimizer)
         own = [param for group in groups for param in group["params"]]
         for param in own:
             param.requires_grad_(False)
@@ -281,7 +281,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         if groups:
             optimizer = CompositeOptimizer(optimizer, torch.optim.Adam(groups, fused=True))
         trainer.optimizer = optimizer
-        return optimizer
+        return self._lend(optimizer)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """As of `Trainer`."""
@@ -398,8 +398,9 @@ class ApproxTrainerMixin(CheckpointMixin):
             # The wrapped model holds parameters that are gone.
             trainer.model_wrapped = self._plain_model
         else:
-            if self._twin.fill(self._plain_model, self.methods):
-                self._finished, self.methods = self._twin.model, self._twin.methods
+            if self._twin.fill(self.stack):
+                self._finished, self.stack = self._twin.model, self._twin.stack
+                self.methods = self.stack.methods
                 history, self._recorder = self._recorder.history, Recorder(self.stack)
                 self._recorder.history = history
                 self._finish()

@@ -90,10 +90,11 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
             # An empty tensor under each weight's plain name makes any attempt to load this as a model fail on its
             # shape, in processes without hf_approx too, instead of starting from random weights.
             state = model.state_dict() if state_dict is None else state_dict
+            # Those of a sharded model are written beside it, in pieces.
+            own = self.stack.tensors() if self._twin is None else {}
             # Numbers that stages have in common would be taken for tied weights.
             latents = {
-                f"{LATENT_PREFIX}{name}": tensor if tensor.dim() else tensor.clone()
-                for name, tensor in self.stack.tensors().items()
+                f"{LATENT_PREFIX}{name}": tensor if tensor.dim() else tensor.clone() for name, tensor in own.items()
             }
             latents.update({f"{LATENT_PREFIX}{name}": state[name] for name in self._carriers()})
             names = [*self._plain_names(), *self._carriers()]

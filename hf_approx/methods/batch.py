@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.latent import Latent, Stage, add_grad, forward, pull
+from hf_approx.methods.latent import Latent, Partials, Stage, add_grad, forward, pull
 
 MOST = 1 << 26
 """Weights in a batch: what one holds for a moment beside the model is as large."""
@@ -42,14 +42,12 @@ class Batch:
         torch._foreach_copy_([latent.effective for latent in self.latents], forward(self.weight, self.stages).unbind())
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self) -> Partials:
         """Turn gradients of effective weights into those of what is trained, adding to what they have."""
         effective = [latent.effective for latent in self.latents]
         grads = [param.grad for param in effective]
         if any(grad is None for grad in grads):
-            for latent in self.latents:
-                latent.pull()
-            return
+            return [part for latent in self.latents for part in latent.pull()]
         for param in effective:
             param.grad = None
         self._tell()
@@ -62,6 +60,7 @@ class Batch:
         for i, stage in enumerate(self.stages):
             for name, param in stage.named_parameters():
                 hand_out(param, [latent.stages[i].get_parameter(name) for latent in self.latents])
+        return []
 
     def _tell(self) -> None:
         """Bring what is no tensor up to date: where a stage is in training."""

@@ -12,6 +12,7 @@ from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.methods.base import MethodConfig, incoming
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, reduce, stored
+from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid
 from hf_approx.targets import Target, matches
 
@@ -101,7 +102,7 @@ class FixedPrecision(GridMethod):
         """Average bits of the weights that are not zero."""
         kept = spent = 0.0
         for name, rounding in self.stages.items():
-            bits = cast(GridWeight, rounding).bits
+            bits = whole(cast(GridWeight, rounding).bits)
             counts = reduce((incoming(self.targets[name], rounding) != 0).float(), bits.shape)
             kept += float(counts.sum())
             spent += float((counts * bits).sum())

@@ -16,7 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from hf_approx.checkpoint.zeros import hold_zeros, holds_zeros, move_zeros
 from hf_approx.finite import Named
+from hf_approx.modules.sharded import from_piece, hand_back, on_rows, piece, split, split_alike
 from hf_approx.targets import LATENTS, Target
+
+Partials = list[tuple[Tensor, Tensor, DTensor]]
+"""Parameters that are whole on every process, what this one found of their gradients, and in rows of which weight."""
+Rows = tuple[int, int]
+"""The first row here of a weight that is split over processes, and how many it has in all."""
 
 
 class Stage(nn.Module):
@@ -31,12 +37,14 @@ class Stage(nn.Module):
         noisy: Whether it may draw noise.
         asks_value: Whether `pull` looks at what `forward` returned.
         may_be_infinite: Names of those of its tensors that may be, such as scores of masks that are fixed.
+        rows: Of one that works on the rows that a process holds of a weight: which those are.
     """
 
     method = ""
     noisy = False
     asks_value = False
     may_be_infinite: tuple[str, ...] = ()
+    rows: Rows | None = None
 
     def kind(self) -> Hashable:
         """What else stages must have in common to be stacked: all their tensors' shapes and plain numbers are."""
@@ -101,6 +109,8 @@ class Latent:
         target: Its parameter becomes the effective weight.
     """
 
+    is_split = False
+    """Whether what is trained was split over processes, as the effective weight is."""
     mixes = False
     """Whether the effective weight is made of other parameters of the model, which must be written before it."""
 
@@ -128,8 +138,12 @@ class Latent:
     def effective(self) -> nn.Parameter:
         """The parameter that the model computes with."""
         found = self.target.module._parameters.get(self.target.parameter)
-        # A parametrization of the model's own, such as a spectral norm, moves the parameter elsewhere.
-        return self._held if found is None else found
+        # A parametrization of the model's own, such as a spectral norm, moves the parameter elsewhere; and a forward
+        # pass of a sharded model has a whole one in its place.
+        if found is None or (self.is_split and not isinstance(found, DTensor)):
+            return self._held
+        self._held = found
+        return found
 
     def add(self, stage: Stage) -> None:
         """Let a stage work on what those before it make."""
@@ -157,12 +171,18 @@ class Latent:
             delattr(self.target.module, LATENTS)
 
     def before(self, stage: Stage | None = None) -> Tensor:
-        """What a stage is given, or without one what the model computes with; differentiable."""
-        value: Tensor = self.weight
+        """What a stage is given, or without one what the model computes with; differentiable, split if that is."""
+        effective = self.effective
+        value = self.local(stage)
+        return from_piece(value, effective) if isinstance(effective, DTensor) else value
+
+    def local(self, stage: Stage | None = None) -> Tensor:
+        """The same, of the rows that this process holds: of a model that is not split all."""
+        effective, value = self.effective, piece(self.weight)
         for each in self.stages:
             if each is stage:
                 break
-            value = each(value)
+            value = (on_rows(each, effective) if isinstance(effective, DTensor) else each)(value)
         return value
 
     @property
@@ -178,7 +198,7 @@ class Latent:
             bare: From the trained weight alone, as if there were no stages.
         """
         self.follow()
-        self.effective.copy_(self.weight if bare else self.before())
+        piece(self.effective).copy_(piece(self.weight) if bare else self.local())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -187,13 +207,24 @@ class Latent:
             stage.zero_grad()
 
     @torch.no_grad()
-    def pull(self) -> None:
-        """Turn the gradient of the effective weight into those of what is trained, adding to what they have."""
+    def pull(self) -> Partials:
+        """Turn the gradient of the effective weight into those of what is trained, adding to what they have.
+
+        Returns:
+            Of a weight that is split: what is still to be added up over the processes; see `add_totals`.
+        """
         effective = self.effective
         grad, effective.grad = effective.grad, None
-        if grad is not None:
-            self.follow()
+        if grad is None:
+            return []
+        self.follow()
+        if not isinstance(effective, DTensor):
             add_grad(self.weight, pull(grad, self.weight, effective.detach(), self.stages))
+            return []
+        stages = [on_rows(stage, effective) for stage in self.stages]
+        rows = pull(piece(grad), piece(self.weight), piece(effective), stages)
+        add_grad(self.weight, from_piece(rows, effective))
+        return [part for pair in zip(stages, self.stages, strict=True) for part in hand_back(*pair, effective)]
 
     @property
     def moved(self) -> bool:
@@ -206,14 +237,35 @@ class Latent:
         return isinstance(self.effective, DTensor)
 
     def follow(self) -> None:
-        """Go where the model went."""
-        if self.moved:
-            device = self.effective.device
+        """Go where the model went, to another device or apart over processes."""
+        effective = self.effective
+        if isinstance(effective, DTensor):
+            if not self.is_split:
+                self.split(effective)
+                self.is_split = True
+        elif self.moved:
             for tensor in (
                 self.weight,
                 *(t for stage in self.stages for t in (*stage.parameters(), *stage.buffers())),
             ):
-                tensor.data = tensor.data.to(device)
+                tensor.data = tensor.data.to(effective.device)
+
+    def split(self, effective: DTensor) -> None:
+        """Keep this process's rows of what has a number for each weight.
+
+        Raises:
+            ValueError: The weight has zeros to keep.
+        """
+        if self._has_zeros:
+            raise ValueError(
+                f"fully_shard would lose the zeros that '{self.target.name}' was loaded with; train this sparse model "
+                "without FSDP."
+            )
+        # accelerate widens the weights of a model that computes in bf16.
+        self.weight.data = self.weight.data.to(torch.promote_types(self.weight.dtype, effective.dtype))
+        self.weight = cast(nn.Parameter, split(self.weight, effective))
+        for stage in self.stages:
+            split_alike(stage, effective)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All that is trained or kept beside it, by names that begin with the parameter's."""

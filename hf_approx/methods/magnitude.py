@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import Group, Scope, Sparsity, check_fraction, check_target, plan, top_masks
 from hf_approx.methods.latent import Stage
-from hf_approx.modules.sharded import joined
+from hf_approx.modules.sharded import piece, split, totals
 from hf_approx.targets import Target
 
 
@@ -125,7 +126,7 @@ class MagnitudePruning(Method):
         # Weights that are gone rank last, whatever the optimizer made of them since.
         order = [order * mask for order, mask in zip(self._order(), self._masks, strict=True)]
         for buffer, mask in zip(self._masks, top_masks(order, now), strict=True):
-            buffer.copy_(mask)
+            piece(buffer).copy_(mask)
         self._settled = round_ + 1 == rounds
         return True
 
@@ -140,8 +141,8 @@ class MagnitudePruning(Method):
     def _prune(self, fraction: float) -> None:
         self.reshard()
         groups, order = plan(list(self.targets), self._config.target_sparsity, self._config.scope), self._order()
-        for buffer, mask, like in zip(self._masks, top_masks(order, groups, fraction), order, strict=True):
-            buffer.copy_(joined(mask, like))
+        for buffer, mask in zip(self._masks, top_masks(order, groups, fraction), strict=True):
+            piece(buffer).copy_(mask)
 
     def _order(self) -> list[Tensor]:
         weights = [latent.weight.detach() for latent in self.latents]
@@ -150,7 +151,11 @@ class MagnitudePruning(Method):
             refuse_not_finite(self.name, zip((f"{name}.weight" for name in self.targets), weights, strict=True))
             return [weight.abs() for weight in weights]
         generator = torch.Generator().manual_seed(self._config.seed)
-        return [torch.rand(weight.shape, generator=generator).to(weight.device) for weight in weights]
+        drawn = (torch.rand(weight.shape, generator=generator) for weight in weights)
+        return [
+            split(order, weight) if isinstance(weight, DTensor) else order.to(weight.device)
+            for order, weight in zip(drawn, weights, strict=True)
+        ]
 
     @property
     def is_final(self) -> bool:
@@ -164,8 +169,9 @@ class MagnitudePruning(Method):
 
     def metrics(self) -> dict[str, float]:
         """Sparsity over the chosen modules."""
-        kept = sum(int(mask.sum()) for mask in self._masks)
-        return {"sparsity": 1 - kept / sum(mask.numel() for mask in self._masks)}
+        masks = self._masks
+        kept = int(totals([piece(mask).sum() for mask in masks], masks).sum())
+        return {"sparsity": 1 - kept / sum(mask.numel() for mask in masks)}
 
     def state_dict(self) -> dict[str, Any]:
         """The schedule's position; the masks are in the model."""

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.latent import Stage, add_grad
-from hf_approx.modules.sharded import whole
+from hf_approx.methods.latent import Rows, Stage, add_grad
+from hf_approx.modules.sharded import piece
 from hf_approx.structures import Side, feature_dim
 
 Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron", "layer"]
@@ -34,18 +34,24 @@ class Layout:
             return size
         return size.movedim(self.dim, 0).reshape(weight.shape[self.dim] // self.width, -1).mean(1)
 
-    def spread(self, mask: Tensor, weight: Tensor) -> Tensor:
-        """The mask in a shape that multiplies the weight."""
+    def spread(self, mask: Tensor, weight: Tensor, rows: Rows | None = None) -> Tensor:
+        """The mask in a shape that multiplies the weight, or those rows of it that `weight` is."""
         if self.dim is None:
             return mask
         before = [1] * (weight.dim() + self.dim - mask.dim() + 1)
         mask = mask.repeat_interleave(self.width, -1)
+        if rows is not None and self.dim == -weight.dim():
+            mask = mask[rows[0] : rows[0] + len(weight)]
         return mask.reshape(*mask.shape[:-1], *before, mask.shape[-1], *[1] * (-self.dim - 1))
 
-    def gather(self, values: Tensor, like: Tensor) -> Tensor:
+    def gather(self, values: Tensor, like: Tensor, rows: Rows | None = None) -> Tensor:
         """Sums over the entries of each score: the transpose of `spread`, in the shape of the scores `like`."""
         if self.dim is None:
             return values
+        if rows is not None and self.dim == -values.dim():
+            sums = values.new_zeros(rows[1])
+            sums[rows[0] : rows[0] + len(values)] = values.flatten(1).sum(1)
+            return sums.reshape(*like.shape, -1).sum(-1)
         moved = values.movedim(self.dim, like.dim() - 1)
         return moved.reshape(*like.shape, -1).sum(-1)
 
@@ -107,19 +113,19 @@ class SigmoidMask(Stage):
         return self.layout
 
     def mask(self) -> Tensor:
-        """The soft mask, scaled, in the shape of the scores."""
-        mask = nn.functional.threshold(torch.sigmoid(self.temperature * whole(self.scores)), FLOOR, 0.0)
+        """The soft mask, scaled, in the shape of the scores; of scores that are split, that of the piece here."""
+        mask = nn.functional.threshold(torch.sigmoid(self.temperature * piece(self.scores)), FLOOR, 0.0)
         return mask if self.scale == 1 else mask * self.scale
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
-        return weight * self.layout.spread(self.mask(), weight).to(weight.dtype)
+        return weight * self.layout.spread(self.mask(), weight, self.rows).to(weight.dtype)
 
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """As of `Stage`: c beta m (1 - m) times what the mask multiplies, for a mask c m."""
         mask = self.mask()
         if self.scores.requires_grad:
-            slope = self.layout.gather((grad * weight).to(mask.dtype), mask)
+            slope = self.layout.gather((grad * weight).to(mask.dtype), mask, self.rows)
             share = mask if self.scale == 1 else mask / self.scale
             add_grad(self.scores, slope.mul_(mask * self.temperature).mul_(1 - share))
-        return grad * self.layout.spread(mask, weight).to(grad.dtype)
+        return grad * self.layout.spread(mask, weight, self.rows).to(grad.dtype)

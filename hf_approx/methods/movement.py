@@ -15,7 +15,7 @@ from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
 from hf_approx.methods.budget import Sparsity, check_fraction, check_target, cubic_ramp, plan, threshold, top_masks
 from hf_approx.methods.latent import Stage, add_grad
-from hf_approx.modules.sharded import piece, totals, whole
+from hf_approx.modules.sharded import piece, summed, totals
 from hf_approx.targets import Target
 
 
@@ -77,11 +77,11 @@ class MovementMask(Stage):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""
-        return weight * (whole(self.scores) >= self.threshold)
+        return weight * (self.scores >= self.threshold)
 
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """As of `Stage`; the score gets the gradient of its mask, whatever that is."""
-        scores = whole(self.scores)
+        scores = self.scores.detach()
         add_grad(self.scores, (grad * weight).to(scores.dtype).masked_fill_(scores.isinf(), 0))
         return grad * (scores >= self.threshold)
 
@@ -124,8 +124,9 @@ class MovementPruning(Method):
         """Soft: penalty * mean sigmoid(score), until the mask is fixed."""
         if self._settled or self._config.mode != "soft":
             return None
-        total = torch.stack([whole(mask.scores).sigmoid().sum() for mask in self.masks]).sum()
-        return self._config.penalty * total / sum(mask.scores.numel() for mask in self.masks)
+        scores = [mask.scores for mask in self.masks]
+        total = summed([piece(s).sigmoid().sum() for s in scores], scores)
+        return self._config.penalty * total / sum(s.numel() for s in scores)
 
     @torch.no_grad()
     def on_step(self, progress: float) -> None:

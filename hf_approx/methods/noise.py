@@ -117,7 +117,8 @@ class NoisyWeight(GridWeight):
 
     def noise(self, shape: torch.Size) -> Tensor:
         """That of this step, in [-1, 1]."""
-        return draw(shape, noise_keys(self.seed, self.step, self.indices, self.limits), self.law)
+        first = 0 if self.rows is None else self.rows[0] * math.prod(shape[1:])
+        return draw(shape, noise_keys(self.seed, self.step, self.indices, self.limits), self.law, first)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Same shape and dtype as the weight."""

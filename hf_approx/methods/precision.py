@@ -11,8 +11,9 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hf_approx.modules.sharded import every, piece, piece_of, totals, whole, write
+from hf_approx.modules.sharded import every, from_piece, piece, piece_of, summed, totals, whole, write
 from hf_approx.packing.grid import MAX_BITS
 
 TOLERANCE = 0.02
@@ -136,7 +137,7 @@ class Budget:
         counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
         assigned = assign(wanted, counts, self.allowed, self.target)
         for noise, part in zip(self.noises, assigned.split([s.numel() for s in self.limits]), strict=True):
-            noise.bits.copy_(part.reshape(noise.bits.shape))
+            write(noise.bits, part.reshape(noise.bits.shape).to(noise.bits.device))
 
     @property
     def multiplier(self) -> float:
@@ -178,9 +179,14 @@ class Budget:
         for noise, n in zip(self.noises, self.sizes, strict=True):
             grad = noise.limits.grad
             if grad is not None:
-                s = whole(noise.limits)
+                s = piece(noise.limits)
                 size = torch.sigmoid(s) * torch.sigmoid(-s)
-                noise.curvature.add_((whole(grad) / (size * scale)).square_().nan_to_num(0.0, 0.0, 0.0) / n)
+                found = (piece(grad) / (size * scale)).square_().nan_to_num(0.0, 0.0, 0.0)
+                found = found / piece_of(n, noise.limits)
+                if isinstance(noise.limits, DTensor):
+                    found = from_piece(found, noise.limits)
+                    found = found if isinstance(noise.curvature, DTensor) else whole(found)
+                noise.curvature.add_(found)
 
     @torch.no_grad()
     def spread(self) -> None:
@@ -189,7 +195,7 @@ class Budget:
         The stationary point of one weight under noise and penalty is p = 1 + log2(H ln 2 / (3 lambda)) / 2, here with
         the squared gradient for H.
         """
-        curvature = [noise.curvature for noise in self.noises]
+        curvature = [whole(noise.curvature) for noise in self.noises]
         logs = [torch.log2(total.clamp_min(torch.finfo(total.dtype).tiny)) / 2 for total in curvature]
         known = torch.cat([log[total > 0] for log, total in zip(logs, curvature, strict=True)])
         if known.numel() == 0:
@@ -202,8 +208,9 @@ class Budget:
     def average(self) -> float:
         """Average precision the limits stand for."""
         with torch.no_grad():
-            bits = sum(float((precision(whole(s)) * n).sum()) for s, n in zip(self.limits, self.sizes, strict=True))
-        return bits / self.total
+            pairs = zip(self.limits, self.sizes, strict=True)
+            bits = totals([(precision(piece(s)) * piece_of(n, s)).sum() for s, n in pairs], self.limits)
+        return sum(bits.double().tolist()) / self.total
 
     @property
     def total(self) -> float:
@@ -212,11 +219,9 @@ class Budget:
 
     def penalty(self) -> Tensor:
         """Sum of (p - 1) over all weights, differentiable."""
-        terms = [
-            (nn.functional.softplus(-whole(s)) * n).sum() / math.log(2)
-            for s, n in zip(self.limits, self.sizes, strict=True)
-        ]
-        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
+        pairs = zip(self.limits, self.sizes, strict=True)
+        terms = [(nn.functional.softplus(-piece(s)) * piece_of(n, s)).sum() / math.log(2) for s, n in pairs]
+        return summed(terms, self.limits)
 
 
 def round_precision(wanted: Tensor, allowed: Sequence[int]) -> Tensor:

@@ -120,7 +120,7 @@ class GridWeight(Stage):
 
     def bound(self) -> Tensor:
         """The largest weight that is not clipped, in the finest parts that bits and scale have together."""
-        return joint_product(limit(self.bits), self.scale)
+        return joint_product(limit(whole(self.bits)), self.scale)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The nearest weight on the grid, without gradient."""

@@ -9,17 +9,18 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_approx.checkpoint.zeros import release_zeros
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
-from hf_approx.methods.latent import Latent, Stage, hold, latent_of
+from hf_approx.methods.latent import Latent, Partials, Stage, hold, latent_of
 from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
 from hf_approx.modules.bank import (
     SharedLayers,
@@ -33,6 +34,7 @@ from hf_approx.modules.bank import (
     sharing_of,
     template_names,
 )
+from hf_approx.modules.sharded import from_piece, piece
 from hf_approx.packing import is_bank_name
 from hf_approx.targets import Target, refuse_adapters, select_modules
 
@@ -259,6 +261,14 @@ class SoftSharing(Method):
         terms = [dissimilarity(coefficients) for coefficients in banks]
         return self._strength * torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The weight of the recurrence penalty in the step that comes."""
+        return {"strength": self._strength}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._strength = state["strength"]
+
     @property
     def is_final(self) -> bool:
         """Always: what is shared is settled from the start."""
@@ -349,31 +359,43 @@ class Mixing(Latent):
         """Templates that are mixed from sparse weights are free to become dense."""
         release_zeros(effective)
 
-    def before(self, stage: Stage | None = None) -> Tensor:
+    def local(self, stage: Stage | None = None) -> Tensor:
         """The mix."""
         return self.bank.mix(self.weight)
+
+    def split(self, effective: DTensor) -> None:
+        """Coefficients stay whole on every process."""
+        self.weight.data = self.weight.data.to(effective.device)
 
     def write(self, bare: bool = False) -> None:
         """Mix again; a bare layer is what it is mixed to."""
         super().write()
 
     @torch.no_grad()
-    def pull(self) -> None:
+    def pull(self) -> Partials:
         """Gradients of the coefficients, and of the templates as the model has them."""
-        grad, self.effective.grad = self.effective.grad, None
+        effective = self.effective
+        grad, effective.grad = effective.grad, None
         if grad is None:
-            return
+            return []
         self.follow()
-        own = []
+        own, rows = [], piece(grad)
         for factor, template in zip(self.weight.detach(), self.bank, strict=True):
             weight = template.get_parameter("weight")
-            there = grad.to(weight.device)
-            own.append((there * weight).sum().to(factor))
-            if weight.requires_grad:
-                weight.grad = there * factor if weight.grad is None else weight.grad.addcmul_(there, factor)
-        if self.weight.requires_grad:
-            row = torch.stack(own)
-            self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
+            there = rows.to(weight.device)
+            own.append((there * piece(weight)).sum().to(factor))
+            if weight.requires_grad and weight.grad is None:
+                made = there * factor
+                weight.grad = from_piece(made, weight) if isinstance(weight, DTensor) else made
+            elif weight.requires_grad:
+                piece(cast(Tensor, weight.grad)).addcmul_(there, factor)
+        if not self.weight.requires_grad:
+            return []
+        row = torch.stack(own)
+        if isinstance(effective, DTensor):
+            return [(self.weight, row, effective)]
+        self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
+        return []
 
 
 def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:

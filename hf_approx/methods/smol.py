@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
@@ -32,7 +33,7 @@ from hf_approx.methods.rounding import (
 )
 from hf_approx.methods.smol_config import SmolConfig
 from hf_approx.modules.activation import install, uninstall
-from hf_approx.modules.sharded import piece, piece_of, whole, write
+from hf_approx.modules.sharded import on_rows, piece, whole, write
 from hf_approx.packing.grid import MAX_BITS, expand
 from hf_approx.targets import Target, matches
 
@@ -181,10 +182,15 @@ class Smol(GridMethod):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The limits and, if they are trained, the scales; and the largest values of activations."""
-        scales = [p.log_scale for p in self.noises] if self._config.train_scale else []
-        scales += [q.log_limit for q in self.activations.values()]
-        groups = [{"params": [s for budget in self.budgets for s in budget.limits], "lr": self._config.lr}]
-        return groups + ([{"params": scales, "lr": self._config.scale_lr}] if scales else [])
+        # Those of activations are parameters of the model, which `fully_shard` splits: no group mixes both kinds.
+        config, quantizers = self._config, list(self.activations.values())
+        groups = [
+            {"params": [noise.limits for noise in self.noises], "lr": config.lr},
+            {"params": [q.limits for q in quantizers], "lr": config.lr},
+            {"params": [p.log_scale for p in self.noises] if config.train_scale else [], "lr": config.scale_lr},
+            {"params": [q.log_limit for q in quantizers], "lr": config.scale_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def on_step(self, progress: float) -> None:
@@ -204,8 +210,10 @@ class Smol(GridMethod):
             weight = latent.weight
             if not weight.requires_grad:
                 continue
-            bound = piece_of(expand(noise.bound().to(weight.dtype), weight.shape), weight)
-            piece(weight).clamp_(-bound, bound)
+            rows = piece(weight)
+            here = on_rows(noise, weight) if isinstance(weight, DTensor) else noise
+            bound = expand(here.bound().to(rows.dtype), rows.shape)
+            rows.clamp_(-bound, bound)
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
@@ -260,7 +268,7 @@ class Smol(GridMethod):
             budget.choose([kept[i] for i in members])
         for target, noise in targets:
             weight = incoming(target, noise)
-            write(noise.log_scale, fit_scale(weight, noise.bits, noise.log_scale.shape).log())
+            write(noise.log_scale, fit_scale(weight, whole(noise.bits), noise.log_scale.shape).log())
         if self.activations:
             self.budgets[-1].choose(self.budgets[-1].sizes)
         self._settled = True
@@ -280,7 +288,7 @@ class Smol(GridMethod):
         """Warn of targets that the parts were too coarse to meet, counting these weights of every part."""
         for members, target in self._groups():
             total = sum(float(kept[i].sum()) for i in members)
-            spent = sum(float((kept[i] * self.noises[i].bits).sum()) for i in members)
+            spent = sum(float((kept[i] * whole(self.noises[i].bits)).sum()) for i in members)
             if target is not None and total and abs(spent / total - target) > TOLERANCE:
                 logger.warning(
                     "SmolConfig: the precisions of %d parts average %.3f bits instead of %g; choose a finer "
@@ -334,7 +342,7 @@ class Smol(GridMethod):
         for target, noise in zip(self.targets.values(), self.noises, strict=True):
             weight = incoming(target, noise)
             kept.append(reduce((weight != 0).float(), noise.bits.shape).reshape(-1).double().cpu())
-            bits.append(noise.bits.reshape(-1).cpu())
+            bits.append(whole(noise.bits).reshape(-1).cpu())
         return torch.cat(kept), torch.cat(bits)
 
     def report(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from hf_approx.methods.layers import BlockMask, is_masked
 from hf_approx.methods.masks import Layout, SigmoidMask, layout_of
 from hf_approx.methods.sparsification_config import SparsificationConfig
 from hf_approx.methods.steering import best_two, lower, lower_fours, resting_level
-from hf_approx.modules.sharded import piece, piece_of, totals, whole
+from hf_approx.modules.sharded import piece, piece_of, summed, total, totals, whole
 from hf_approx.structures import Structure, express_in_config, find_structures, note_sizes, remove_units
 from hf_approx.targets import Target
 
@@ -235,8 +235,8 @@ class ContinuousSparsification(Method):
     @torch.no_grad()
     def _soft_sparsity(self) -> float:
         masks = self.masks
-        total = sum((mask.mask().sum(dtype=torch.float64) / mask.scale for mask in masks), torch.zeros(()))
-        return 1 - float(total) / self._numel
+        sums = [mask.mask().sum(dtype=torch.float64) / mask.scale for mask in masks]
+        return 1 - float(totals(sums, [mask.scores for mask in masks]).sum()) / self._numel
 
     @property
     def _numel(self) -> int:
@@ -251,7 +251,8 @@ class ContinuousSparsification(Method):
         """lambda * sum of masks, scale included; None with a target or once the mask is fixed."""
         if self._settled or self._config.target_sparsity is not None:
             return None
-        return self._config.penalty * torch.stack([mask.mask().sum() for mask in self.masks]).sum()
+        masks = self.masks
+        return self._config.penalty * summed([mask.mask().sum() for mask in masks], [mask.scores for mask in masks])
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -352,7 +353,8 @@ class ContinuousSparsification(Method):
         counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64)
         for mask in self.masks:
             values = (mask.mask().detach() / mask.scale).float()
-            counts += torch.histc(values, HISTOGRAM_BINS, 0.0, 1.0).double().cpu()
+            found = torch.histc(values, HISTOGRAM_BINS, 0.0, 1.0).double()
+            counts += total(found, mask.scores).cpu()
         return [int(count) for count in counts]
 
     def report(self) -> dict[str, Any]:

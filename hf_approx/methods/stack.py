@@ -18,6 +18,7 @@ from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
 from hf_approx.methods.batch import Batch, batches_of
 from hf_approx.methods.latent import Latent, every_latent
 from hf_approx.methods.sharing import DDP_IGNORES
+from hf_approx.modules.sharded import add_totals, is_sharded, reshard, write
 from hf_approx.optim import CompositeOptimizer
 
 logger = get_logger(__name__)
@@ -67,8 +68,16 @@ class MethodStack:
         """What is trained in the place of the model's weights; those that are mixed from others come last."""
         return sorted(every_latent(self.model), key=lambda latent: latent.mixes)
 
+    def follow(self) -> None:
+        """Go where the model went: to another device, or apart over processes that `fully_shard` it."""
+        reshard(self.model)
+        for latent in self.latents:
+            latent.follow()
+        self.batches()
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the task's optimizer trains, by the names the model has for it: latents, and all that is left alone."""
+        self.follow()
         with self.exposed():
             own = {id(param) for group in self.param_groups() for param in group["params"]}
             found = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own]
@@ -80,6 +89,7 @@ class MethodStack:
 
     def param_groups(self) -> list[dict[str, Any]]:
         """What the methods train of their own (scores, limits, scales, coefficients), with learning rates for Adam."""
+        self.follow()
         return [group for method in self.methods for group in method.param_groups()]
 
     @contextmanager
@@ -120,6 +130,7 @@ class MethodStack:
 
     def write(self) -> None:
         """Make the effective weights anew from what is trained."""
+        reshard(self.model)
         for batch in self.batches():
             batch.write()
 
@@ -139,10 +150,21 @@ class MethodStack:
             self._hand_parts(names)
         return [*self._batches, *alone]
 
-    def _hand_parts(self, owners: Mapping[int, tuple[Method, str]]) -> None:
-        """Let every method have what is stacked of its own."""
+    def unstack(self) -> None:
+        """Forget what is computed together: it is found anew when it is needed."""
+        self._batches = []
         for method in self.methods:
             method.stacked = None
+
+    def _hand_parts(self, owners: Mapping[int, tuple[Method, str]]) -> None:
+        """Let every method have what is stacked of its own, and beside that what is split."""
+        for method in self.methods:
+            method.stacked = None
+        for latent in self.latents if self._batches else ():
+            if latent.is_sharded and not latent.mixes:
+                for stage in latent.stages:
+                    method, name = owners[id(stage)]
+                    method.stacked = [*(method.stacked or ()), Part(stage, latent.weight, method.group(name))]
         for batch in self._batches:
             for stage, first in zip(batch.stages, batch.latents[0].stages, strict=True):
                 method, name = owners[id(first)]
@@ -185,8 +207,7 @@ class MethodStack:
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         # What accelerate takes for a single process trains on its own.
         if several and PartialState().num_processes > 1:
-            for latent in self.latents:
-                latent.follow()
+            self.follow()
             ignored = getattr(self.model, DDP_IGNORES, ())
             left_alone = [param for name, param in self.model.named_parameters() if name in ignored]
             for tensor in [*self.tensors().values(), *left_alone]:
@@ -199,8 +220,9 @@ class MethodStack:
         Args:
             scale: What the loss was multiplied by, if a GradScaler did.
         """
-        for batch in reversed(self.batches()):
-            batch.pull()
+        reshard(self.model)
+        # What is mixed comes first: its gradients are those of templates, which may have stages.
+        add_totals([part for batch in reversed(self.batches()) for part in batch.pull()])
         for method in self.methods:
             penalty = method.penalty()
             if penalty is not None:
@@ -247,6 +269,7 @@ class MethodStack:
         inserted = [module for method in self.methods for module in method.inserted]
         for module in inserted:
             module.bypassed = True
+        reshard(self.model)
         for latent in self.latents:
             latent.write(bare=True)
         try:
@@ -291,7 +314,7 @@ class MethodStack:
         """
         self._refuse_other(tensors)
         for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+            write(tensor, tensors[name])
         self.write()
 
     def _refuse_other(self, tensors: Mapping[str, Tensor]) -> None:
@@ -322,7 +345,12 @@ class MethodStack:
         self.load_tensors(state["tensors"])
 
     def detach(self) -> None:
-        """Take all methods off again; every weight is what the optimizer trained."""
+        """Take all methods off again; every weight is what the optimizer trained.
+
+        Raises:
+            ValueError: The model is sharded.
+        """
+        self._refuse_sharded("detach")
         for method in reversed(self.methods):
             method.detach()
 
@@ -344,7 +372,11 @@ class MethodStack:
 
         Returns:
             The names that the others and those compressed have now; some may be gone.
+
+        Raises:
+            ValueError: The model is sharded.
         """
+        self._refuse_sharded("bake")
         if not self.is_final:
             # The last method bakes its whole stack, so those before it are settled before.
             self.methods[-1].refuse_diverged()
@@ -353,6 +385,14 @@ class MethodStack:
         for method in sorted(self.methods, key=lambda method: method.renames):
             names = method.remove(names)
         return list(dict.fromkeys(names))
+
+    def _refuse_sharded(self, what: str) -> None:
+        if is_sharded(self.model):
+            raise ValueError(
+                f"{what}: fully_shard took the model's parameters over; before that make "
+                "twin = hf_approx.methods.unsharding.Unsharded(stack), after training call twin.fill(stack) on all "
+                f"processes and twin.stack.{what}() on the first."
+            )
 
     def finalize(self, store_dtype: str | None = "float16") -> list[str]:
         """Fix what is not fixed yet, bake, and make `save_pretrained` write the model packed.
@@ -365,7 +405,9 @@ class MethodStack:
 
         Raises:
             NotFiniteError: Training diverged. The model is unchanged.
+            ValueError: The model is sharded.
         """
+        self._refuse_sharded("finalize")
         if not all(method.is_final or method.after_training for method in self.methods):
             logger.warning(
                 "finalize: the schedules did not come to their end, so what is removed or rounded is decided now and "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from hf_approx.modules.sharded import whole
+from hf_approx.modules.sharded import piece, whole
 from hf_approx.targets import LATENTS
 
 BANKS = "hf_approx_banks"
@@ -67,9 +67,12 @@ class TemplateBank(nn.ModuleList):
 
         Args:
             coefficients: Shape (templates,).
+
+        Returns:
+            Of templates that are split over processes the rows that this one holds.
         """
         device = coefficients.device
-        factors, weights = coefficients.unbind(), [template() for template in self]
+        factors, weights = coefficients.unbind(), [piece(template()) for template in self]
         mixed = factors[0] * weights[0].to(device)
         for factor, weight in zip(factors[1:], weights[1:], strict=True):
             mixed = torch.addcmul(mixed, factor, weight.to(device))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -21,13 +22,14 @@ from hf_approx import (
     SmolConfig,
     SparsificationConfig,
     UniformQuantizationConfig,
-    attach_packing,
+    attach,
 )
 from hf_approx.methods.unsharding import Unsharded
-from models import batch, build
+from models import VOCAB, batch, build
 
 STEPS = 6
 BANKS = r".*hf_approx_banks.*"
+UNEVEN = r".*(intermediate\.dense|classifier)"
 METHODS = {
     "penalty": [
         SparsificationConfig(preset="paper", target_sparsity=None, initial_score=0.0, penalty=1e-7, mask_lr=0.05)
@@ -46,78 +48,102 @@ METHODS = {
     "grid": [UniformQuantizationConfig(bits=4)],
     "rounded": [UniformQuantizationConfig(bits=4, mode="round")],
     "fixed": [FixedPrecisionConfig()],
+    "rows": [SparsificationConfig(target_sparsity=0.5, granularity="row")],
+    "neurons": [SparsificationConfig(target_sparsity=0.5, granularity="neuron", mask_lr=0.05)],
+    "bits of weights": [SmolConfig(target_bits=3.0, granularity="weight")],
+    "bits of weights for free": [SmolConfig(target_bits=None, penalty=1e-5, granularity="weight", noise="rademacher")],
+    "groups of gpt2": [SmolConfig(target_bits=3.0, group_size=16)],
+    "channels of gpt2": [SparsificationConfig(target_sparsity=0.5), UniformQuantizationConfig(bits=3)],
+    "uneven": [
+        SparsificationConfig(target_sparsity=0.5, target_modules=UNEVEN),
+        SmolConfig(target_bits=3.0, group_size=5, target_modules=UNEVEN, seed=1),
+    ],
+    "uneven columns": [SparsificationConfig(target_sparsity=0.5, granularity="column", target_modules=UNEVEN)],
+    "quantized inputs": [SmolConfig(target_bits=3.0, activations=True)],
+    "frozen": [SparsificationConfig(target_sparsity=0.5, train_weights=False)],
+    "frozen bits": [SmolConfig(target_bits=3.0, train_weights=False, train_scale=False)],
 }
+SUMMED = ("columns", "heads", "neurons", "uneven columns", "quantized inputs", "frozen bits")
+"""Those that have a number for weights of several rows, or of whose numbers there is a sum over all processes."""
+GPT2 = ("2:4", "groups of gpt2", "channels of gpt2")
+
+
+def name_of(kind: str) -> str:
+    return "gpt2" if kind in GPT2 else "bert"
+
+
+def uneven() -> nn.Module:
+    """Of 35 rows a process has 18, of one row none."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=35,
+            max_position_embeddings=32,
+            num_labels=1,
+        )
+    )
 
 
 def model(kind: str) -> nn.Module:
-    made = build("gpt2" if kind == "2:4" else "bert").eval()
+    made = uneven().eval() if UNEVEN in str(METHODS[kind]) else build(name_of(kind)).eval()
     for module in made.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if kind == "fixed":
-        method = UniformQuantizationConfig(bits=4, mode="round").build()
-        method.attach(made)
-        names = method.finalize()
-        attach_packing(made, names, grids=method.grids)
+        stack = attach(made, UniformQuantizationConfig(bits=4, mode="round"))
+        stack.finalize()
     return made
 
 
 def train(kind: str, sharded: bool) -> dict[str, torch.Tensor]:
     """The final weights, and the numbers that were logged; nothing on processes that do not have them."""
-    made, methods = model(kind), [config.build() for config in METHODS[kind]]
-    for i, method in enumerate(methods):
-        method.attach(made, methods[:i])
+    made = model(kind)
+    stack = attach(made, METHODS[kind])
     if kind == "fixed":
         made.hf_quantizer.remove_quantization_config(made)
-    twin = Unsharded(made, methods) if sharded else None
+    twin = Unsharded(stack) if sharded else None
     if sharded:
-        blocks = made.transformer.h if kind == "2:4" else made.bert.encoder.layer
+        blocks = made.transformer.h if kind in GPT2 else made.bert.encoder.layer
         for block in blocks:
             fully_shard(block)
         fully_shard(made)
-    groups = [group for method in methods for group in method.param_groups()]
-    own = {id(param) for group in groups for param in group["params"]}
-    rest = [param for param in made.parameters() if id(param) not in own]
-    optimizer = torch.optim.Adam([{"params": rest, "lr": 1e-3}, *groups])
-    inputs = batch("gpt2" if kind == "2:4" else "bert")
-    labels = inputs["input_ids"] if kind == "2:4" else torch.tensor([0, 1, 0, 1])
+    optimizer = stack.bind(torch.optim.Adam(stack.parameters(), lr=1e-3), steps=STEPS)
+    inputs = batch(name_of(kind))
+    labels = inputs["input_ids"] if kind in GPT2 else torch.tensor([0, 1, 0, 1])
+    if made.config.num_labels == 1:
+        labels = labels.float()
     logged = []
-    for step in range(STEPS):
+    for _ in range(STEPS):
         with torch.no_grad():  # leaves parameters of the outermost group whole
             made.eval()(**inputs)
-        for method in methods:
-            method.on_step(step / (STEPS - 1))
-        loss = made.train()(**inputs, labels=labels).loss
-        for method in methods:
-            penalty = method.penalty()
-            loss = loss if penalty is None else loss + penalty
-        loss.backward()
-        for method in methods:
-            method.on_gradients()
+        made.train()(**inputs, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        logged += [number for method in methods for number in method.metrics().values()]
+        logged += stack.metrics().values()
     if twin is not None:
-        if not twin.fill(made, methods):
+        if not twin.fill(stack):
             return {}
-        made, methods = twin.model, twin.methods
-    names = [name for method in reversed(methods) for name in method.bake()]
-    for method in methods:
-        names = method.remove(names)
+        made, stack = twin.model, twin.stack
+    stack.bake()
     return {**made.state_dict(), "logged": torch.tensor(logged)}
 
 
-def main(path: str) -> None:
+def main(path: str, *kinds: str) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
-    ended = {kind: train(kind, sharded=True) for kind in METHODS}
-    if dist.get_rank() == 0:
-        # Both processes saw the whole batch, so the averaged gradient was the gradient of one process.
-        torch.save({kind: (ended[kind], train(kind, sharded=False)) for kind in METHODS}, path)
+    ended = {kind: train(kind, sharded=True) for kind in kinds or METHODS}
+    first = dist.get_rank() == 0
     dist.barrier()
     dist.destroy_process_group()
+    if first:
+        # Both processes saw the whole batch, so the averaged gradient was the gradient of one process.
+        torch.save({kind: (ended[kind], train(kind, sharded=False)) for kind in ended}, path)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1])
+    main(*sys.argv[1:])
