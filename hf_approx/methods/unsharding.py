@@ -86,11 +86,10 @@ class Unsharded:
             if first:
                 tensor.untyped_storage().resize_(tensor.numel() * tensor.element_size())
                 tensor.copy_(value)
-        for method, other in zip(self.stack.methods, stack.methods, strict=True):
-            state = other.state_dict()
-            vars(method).update({k: v for k, v in vars(other).items() if isinstance(v, (bool, int, float))})
-            method.load_state_dict(state)
         if first:
+            for method, other in zip(self.stack.methods, stack.methods, strict=True):
+                vars(method).update({k: v for k, v in vars(other).items() if isinstance(v, (bool, int, float))})
+                method.load_state_dict(other.state_dict())
             for latent in self.stack.latents:
                 effective = latent.effective
                 effective.untyped_storage().resize_(effective.numel() * effective.element_size())
