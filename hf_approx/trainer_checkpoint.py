@@ -156,14 +156,14 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
         if self._unfinished and not cast(Trainer, self).is_fsdp_enabled:
             self._restore(Path(checkpoint))
         else:
-            super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
+            super()._load_from_checkpoint(checkpoint, model)
 
     def _load_best_model(self) -> None:
         trainer = cast(Trainer, self)
         if self._unfinished and not trainer.is_fsdp_enabled:
             self._restore(Path(cast(str, trainer.state.best_model_checkpoint)))
         else:
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
 
     def _restore(self, checkpoint: Path) -> None:
         """Load what unfinished training saved; anything missing would silently change the result.
@@ -287,7 +287,7 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
                     )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and not self._finalized:
             saved = read_state(Path(checkpoint))
             for method, entry in zip(self.methods, saved["methods"], strict=True):

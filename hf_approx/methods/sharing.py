@@ -261,14 +261,6 @@ class SoftSharing(Method):
         terms = [dissimilarity(coefficients) for coefficients in banks]
         return self._strength * torch.stack([term.to(terms[0].device) for term in terms]).mean()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The weight of the recurrence penalty in the step that comes."""
-        return {"strength": self._strength}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self._strength = state["strength"]
-
     @property
     def is_final(self) -> bool:
         """Always: what is shared is settled from the start."""

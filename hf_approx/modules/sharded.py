@@ -78,7 +78,7 @@ def on_rows(module: M, like: DTensor) -> M:
     Returns:
         A module of the same kind; where it can, its tensors share memory with those of the given one.
     """
-    made = cast(M, object.__new__(type(module)))
+    made: M = object.__new__(type(module))
     vars(made).update(vars(module))
     made.rows = (_start(like), like.shape[0])  # type: ignore[assignment]
     made._parameters = {
