@@ -144,7 +144,7 @@ def test_packing_one_more_weight_keeps_the_others_packed(quantized, tmp_path):
 def test_two_smols_in_a_run_have_noise_of_their_own(tmp_path):
     configs = [SmolConfig(target_modules=[name], group_size=16) for name in ("query", "key")]
     trainer = make_trainer("bert", tmp_path, configs)
-    indices = [noise.index for method in trainer.methods for noise in method.noises]
+    indices = [index for method in trainer.methods for noise in method.noises for index in noise.indices]
     assert len(set(indices)) == len(indices)
 
 
