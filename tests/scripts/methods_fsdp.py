@@ -132,16 +132,40 @@ def train(kind: str, sharded: bool) -> dict[str, torch.Tensor]:
     return {**made.state_dict(), "logged": torch.tensor(logged)}
 
 
+def refusals() -> dict[str, str]:
+    """What is said about what cannot be done with a sharded model."""
+    made = model("magnitude")
+    stack = attach(made, METHODS["magnitude"])
+    fully_shard(made)
+    other = fully_shard(model("magnitude"))
+    said = {}
+    tried = {
+        "finalize": stack.finalize,
+        "bake": stack.bake,
+        "detach": stack.detach,
+        "copy": lambda: Unsharded(stack),
+        "attach": lambda: attach(other, METHODS["magnitude"]),
+    }
+    for name, act in tried.items():
+        try:
+            act()
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def main(path: str, *kinds: str) -> None:
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
     ended = {kind: train(kind, sharded=True) for kind in kinds or METHODS}
+    refused = refusals()
     first = dist.get_rank() == 0
     dist.barrier()
     dist.destroy_process_group()
     if first:
         # Both processes saw the whole batch, so the averaged gradient was the gradient of one process.
-        torch.save({kind: (ended[kind], train(kind, sharded=False)) for kind in ended}, path)
+        pairs = {kind: (ended[kind], train(kind, sharded=False)) for kind in ended}
+        torch.save({**pairs, "refused": refused}, path)
 
 
 if __name__ == "__main__":

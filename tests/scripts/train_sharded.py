@@ -24,6 +24,7 @@ from hf_approx import (
     SharingConfig,
     SmolConfig,
     SparsificationConfig,
+    UniformQuantizationConfig,
 )
 from models import build, dataset
 from sharing import deep_bert
@@ -33,6 +34,19 @@ METHODS = {
     "sparse": [SPARSE],
     "smol": [SmolConfig(target_bits=3.0, group_size=16, activations=True)],
     "shared": [SharingConfig(templates=0.5, recurrence=0.1), replace(SPARSE, target_modules=r".*hf_approx_banks.*")],
+    "best": [
+        SparsificationConfig(target_sparsity=0.5, granularity="column", soft_fraction=0.5, mask_lr=0.05),
+        UniformQuantizationConfig(bits=4, scale_granularity="group", group_size=10),
+    ],
+}
+# The first checkpoint is the better one: it is loaded in the end, over what was trained since.
+BEST = {
+    "load_best_model_at_end": True,
+    "greater_is_better": False,
+    "metric_for_best_model": "loss",
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "gradient_accumulation_steps": 2,
 }
 
 
@@ -61,11 +75,12 @@ def trainer(cls, kind, folder, processes):
         model=model,
         args=arguments(
             folder,
-            per_device_train_batch_size=8 // processes,
+            per_device_train_batch_size=(4 if kind == "best" else 8) // processes,
             save_strategy="steps",
             save_steps=4,
             average_tokens_across_devices=False,  # BERT's loss is a mean over the batch whatever it is told
             train_sampling_strategy="sequential",
+            **(BEST if kind == "best" else {}),
         ),
         train_dataset=dataset("bert"),
         eval_dataset=dataset("bert", 16, seed=1),
@@ -80,6 +95,8 @@ def trainer(cls, kind, folder, processes):
 def run(cls, kind, folder, processes, resume=True):
     straight = trainer(cls, kind, folder / "run", processes)
     straight.train()
+    if kind == "best":
+        assert straight.state.best_model_checkpoint.endswith("checkpoint-4"), straight.state.log_history
     sharded = sum(isinstance(param, DTensor) for param in straight.model.parameters())
     assert (sharded > 0) == (cls is Sharded), sharded
     report = straight.approx_report.copy()  # the first process adds to its own what the card says
