@@ -53,7 +53,7 @@ class Batch:
         self._tell()
         grad = torch.stack(cast(list[Tensor], grads))
         del grads
-        value = torch.stack([param.detach() for param in effective]) if self.stages[-1].asks_value else grad
+        value = torch.stack(list(effective)) if self.stages[-1].asks_value else grad
         self.weight.requires_grad_(self.latents[0].weight.requires_grad)
         add_grad(self.weight, pull(grad, self.weight, value, self.stages))
         hand_out(self.weight, [latent.weight for latent in self.latents])
@@ -91,6 +91,7 @@ def batched(stages: Sequence[Stage]) -> Stage:
     vars(made).update(vars(first))
     made._parameters, made._buffers = {}, {}
     made.indices = [index for stage in stages for index in getattr(stage, "indices", ())]
+    made.keeps = True
     dims = max((tensor.dim() for tensor in (*first.parameters(), *first.buffers())), default=0)
     for name, param in first._parameters.items():
         params = [stage.get_parameter(name) for stage in stages]
@@ -109,7 +110,7 @@ def hand_out(batch: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
     if batch.grad is None:
         return
     for param, grad in zip(params, batch.grad.unbind(), strict=True):
-        grad = grad.reshape(param.shape)
+        grad = grad if grad.shape == param.shape else grad.reshape(param.shape)
         param.grad = grad if param.grad is None else param.grad + grad
     batch.grad = None
 

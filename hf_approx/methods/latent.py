@@ -35,6 +35,7 @@ class Stage(nn.Module):
     Attributes:
         method: Name of the method.
         noisy: Whether it may draw noise.
+        keeps: Whether `forward` keeps what `pull`, which comes after it, can use.
         asks_value: Whether `pull` looks at what `forward` returned.
         may_be_infinite: Names of those of its tensors that may be, such as scores of masks that are fixed.
         rows: Of one that works on the rows that a process holds of a weight: which those are.
@@ -42,6 +43,7 @@ class Stage(nn.Module):
 
     method = ""
     noisy = False
+    keeps = False
     asks_value = False
     may_be_infinite: tuple[str, ...] = ()
     rows: Rows | None = None

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from hf_approx.methods.latent import add_grad
 from hf_approx.methods.precision import initial_limit
-from hf_approx.methods.rounding import GridWeight, joint_product, reduce
+from hf_approx.methods.rounding import GridWeight, at_least_float, joint_product, reduce
 from hf_approx.modules.sharded import whole
-from hf_approx.packing.grid import expand
+from hf_approx.packing.grid import spread
 
 NoiseLaw = Literal["uniform", "rademacher"]
 
@@ -19,7 +19,7 @@ SPREAD = 0x9E3779B9 - (1 << 32)
 """Neighbouring positions are this far apart before they are mixed: 2^32 over the golden ratio."""
 ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))
 """Shifts and factors of a 32-bit mixing function (C. Wellons, "Prospecting for Hash Functions", 2018)."""
-PIECE = 1 << 19
+PIECE = 1 << 22
 """Numbers that a CPU mixes at a time, so that they stay in its cache."""
 
 
@@ -51,12 +51,12 @@ def draw(shape: torch.Size, keys: Tensor, law: NoiseLaw, first: int = 0) -> Tens
     tensors = keys.numel()
     count = math.prod(shape) // tensors
     positions = torch.arange(first, first + count, dtype=torch.int32, device=keys.device).mul_(SPREAD)
-    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+    run = max(PIECE // tensors, 1)
+    if run >= count or keys.device.type != "cpu" or torch.compiler.is_compiling():
         return _mixed(positions, keys[:, None], law).reshape(shape)
     noise = torch.empty(tensors, count)
-    for row, key in zip(noise, keys, strict=True):
-        for start in range(0, count, PIECE):
-            row[start : start + PIECE] = _mixed(positions[start : start + PIECE], key, law)
+    for start in range(0, count, run):
+        noise[:, start : start + run] = _mixed(positions[start : start + run], keys[:, None], law)
     return noise.reshape(shape)
 
 
@@ -108,6 +108,7 @@ class NoisyWeight(GridWeight):
         self.law: NoiseLaw = law
         self.seed, self.indices, self.step = seed, [0], 0
         self.frozen = False
+        self.kept = torch.empty(0)
 
     def bound(self) -> Tensor:
         """The largest weight that is not clipped, in the finest parts that limits and scale have together."""
@@ -124,19 +125,24 @@ class NoisyWeight(GridWeight):
         """Same shape and dtype as the weight."""
         if self.frozen:
             return self.rounded(weight)
-        bound = expand(self.bound().to(weight.dtype), weight.shape)
+        sigma, scale = torch.sigmoid(whole(self.limits.detach())), self.scale
+        bound = spread(joint_product(2 - sigma, scale).to(weight.dtype), weight.shape)
+        if self.keeps:
+            self.kept = bound
         value = weight.clamp(-bound, bound)
         if self.training:
-            size = joint_product(torch.sigmoid(whole(self.limits)), self.scale)
-            noise = self.noise(weight.shape).mul_(expand(size, weight.shape)).masked_fill_(weight == 0, 0)
+            size = spread(joint_product(sigma, scale), weight.shape)
+            noise = self.noise(weight.shape).mul_(size).masked_fill_(weight == 0, 0)
             value.add_(noise.to(weight.dtype))
         return value
 
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """As of `Stage`."""
-        if not self.frozen and self.limits.requires_grad:
-            bound = expand(self.bound().to(weight.dtype), weight.shape)
-            error = torch.sub(value, weight.clamp(-bound, bound)).mul_(grad)
-            wide = error.to(torch.promote_types(grad.dtype, torch.float32))
-            add_grad(self.limits, reduce(wide, self.limits.shape) * torch.sigmoid(-whole(self.limits.detach())))
-        return super().pull(grad, weight, value)
+        if self.frozen:
+            return super().pull(grad, weight, value)
+        bound = self.kept if self.keeps else spread(self.bound().to(weight.dtype), weight.shape)
+        clipped = weight.clamp(-bound, bound)
+        if self.limits.requires_grad:
+            error = at_least_float(torch.sub(value, clipped).mul_(grad))
+            add_grad(self.limits, reduce(error, self.limits.shape) * torch.sigmoid(-whole(self.limits.detach())))
+        return self.straight(grad, weight, value, clipped)

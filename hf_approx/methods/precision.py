@@ -6,7 +6,7 @@ p = 1 + log2(1 + e^-s).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -18,15 +18,17 @@ from hf_approx.packing.grid import MAX_BITS
 
 TOLERANCE = 0.02
 """How far the average of the assigned precisions may be from the budget, in bits."""
-SAMPLE = 1 << 16
+SAMPLE = 1 << 14
 """Limits that place the average during training; the final assignment counts all of them."""
+TRIED, TURNS = 65, 3
+"""Shifts of the limits that are tried at once, and how often, each time between the best two of the last."""
 MANY = 1 << 16
 """Parts enough to meet any target."""
 ALMOST_ONE = 5.0
 """The largest s: 1.01 bits, where its gradient has not vanished yet."""
 LEAST_EXTRA = math.log2(1 + math.exp(-ALMOST_ONE))
 """Its precision, above 1."""
-
+OFFSETS = torch.tensor([-1, 0])
 
 MEMORY = 0.9
 """Share of the past in the running means that give the multiplier of the penalty."""
@@ -43,7 +45,7 @@ def initial_limit(bits: float) -> float:
 
 
 @torch.no_grad()
-def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, least: float, most: float) -> float:
+def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, least: float, most: float) -> Tensor:
     """Shift all limits by one number so that the average precision is about the target, and clamp them.
 
     Args:
@@ -54,24 +56,27 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
         most: Largest precision.
 
     Returns:
-        The shift; NaN, and nothing is shifted, if a limit is not finite.
+        The shift, a scalar where the limits are, so that no device is waited for; NaN, and nothing is shifted, if a
+        limit is not finite.
     """
     stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
-    sample = torch.cat([every(s, stride) for s in limits]).double()
-    weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)]).double()
+    sample = torch.cat([every(s, stride) for s in limits])
+    weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)])
+    share = (weight / weight.sum()).to(sample)
     low, high = initial_limit(most), initial_limit(least)
-    # The average falls as the shift grows; its slope changes where limits reach the clamp, so bisection is safest.
-    left, right = low - float(sample.max()), high - float(sample.min())
-    if not (math.isfinite(left) and math.isfinite(right)):
-        return math.nan
-    total = weight.sum()
-    for _ in range(40):
-        middle = (left + right) / 2
-        average = float((precision((sample + middle).clamp(low, high)) * weight).sum() / total)
-        left, right = (middle, right) if average > target else (left, middle)
-    shift = (left + right) / 2
+    smallest, largest = sample.aminmax()
+    left, right = low - largest, high - smallest
+    fractions = torch.linspace(0, 1, TRIED, dtype=sample.dtype, device=sample.device)
+    for _ in range(TURNS):
+        shifts = left + (right - left) * fractions
+        # The average falls as the shift grows.
+        averages = precision((sample + shifts[:, None]).clamp_(low, high)) @ share
+        at = (averages > target).sum().clamp_(1, TRIED - 1)
+        (left, right), (above, below) = (values.take(at + OFFSETS.to(at.device)) for values in (shifts, averages))
+    shift = left + (right - left) * ((above - target) / (above - below)).nan_to_num_(0.0).clamp_(0, 1)
+    move = shift.nan_to_num(0.0, 0.0, 0.0)
     for s in limits:
-        piece(s).add_(shift).clamp_(low, high)
+        piece(s).add_(move).clamp_(low, high)
     return shift
 
 
@@ -95,16 +100,15 @@ class Budget:
     """Noises whose precisions share an average.
 
     `governs` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed`
-    are the precisions. `pull` and `weight` are running means: of the sum of the limits' gradients, and of what the
-    penalty would add to it if lambda were one.
+    are the precisions. `means` are running means: of the sum of the limits' gradients, and of what the penalty would
+    add to it if lambda were one. They are where the limits are once there is something in them.
     """
 
     noises: Sequence[Limited]
     governs: list[Tensor]
     target: float | None
     allowed: Sequence[int]
-    pull: float = 0.0
-    weight: float = 0.0
+    means: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
 
     @property
     def limits(self) -> list[nn.Parameter]:
@@ -140,17 +144,17 @@ class Budget:
             write(noise.bits, part.reshape(noise.bits.shape).to(noise.bits.device))
 
     @property
-    def multiplier(self) -> float:
+    def multiplier(self) -> Tensor:
         """The lambda for which gradients and penalty together leave the average where it is."""
-        return max(self.pull / self.weight, 0.0) if self.weight > 0 else 0.0
+        pull, weight = self.means
+        return (torch.as_tensor(pull) / weight).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)
 
     @torch.no_grad()
     def balance(self, scale: float = 1.0) -> None:
         """Add the gradient of the penalty to that of the limits, with the multiplier solved for.
 
-        The gradients are `scale` times what they are.
-
-        Without it Adam, which makes all gradients equally large, would lower precisions that should rise.
+        Without it Adam, which makes all gradients equally large, would lower precisions that should rise. The
+        gradients are `scale` times what they are.
         """
         limits = self.limits
         if any(s.grad is None for s in limits):
@@ -161,12 +165,12 @@ class Budget:
         ]
         pull = totals([grad.sum(dtype=torch.float64) for grad in grads], limits).sum() / scale
         weight = totals([slope.sum(dtype=torch.float64) for slope in slopes], limits).sum()
-        if not bool(pull.isfinite()):
-            return
-        self.pull = MEMORY * self.pull + (1 - MEMORY) * float(pull)
-        self.weight = MEMORY * self.weight + (1 - MEMORY) * float(weight)
+        good = pull.isfinite()
+        for i, found in enumerate((pull, weight)):
+            self.means[i] = torch.where(good, MEMORY * self.means[i] + (1 - MEMORY) * found, self.means[i])
+        factor = torch.where(good, self.multiplier * scale, 0.0)
         for grad, slope in zip(grads, slopes, strict=True):
-            grad.sub_(slope * (self.multiplier * scale))
+            grad.sub_(slope * factor)
 
     @torch.no_grad()
     def measure(self, scale: float = 1.0) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_approx.methods.latent import Stage, add_grad
 from hf_approx.modules.sharded import whole
-from hf_approx.packing.grid import Grid, expand, round_to_grid
+from hf_approx.packing.grid import Grid, round_to_grid, spread
 from hf_approx.structures import feature_dim
 
 SCALE_DTYPE = torch.float16
@@ -78,7 +78,9 @@ def stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     hold scales in the dtype of the model.
     """
     scale = scale.float().clamp(torch.finfo(SCALE_DTYPE).tiny, SCALE_MAX)
-    return ((scale / PARTS).to(dtype).float() * PARTS).to(SCALE_DTYPE).float()
+    if dtype not in (torch.float32, torch.float64):
+        scale = (scale / PARTS).to(dtype).float() * PARTS
+    return scale.to(SCALE_DTYPE).float()
 
 
 def limit(bits: Tensor) -> Tensor:
@@ -132,19 +134,27 @@ class GridWeight(Stage):
 
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """As of `Stage`."""
-        inside = weight.abs() <= expand(self.bound().to(weight.dtype), weight.shape)
+        bound = spread(self.bound().to(weight.dtype), weight.shape)
+        return self.straight(grad, weight, value, weight.clamp(-bound, bound))
+
+    def straight(self, grad: Tensor, weight: Tensor, value: Tensor, clipped: Tensor) -> Tensor:
+        """The same, for a weight that was clipped to its range."""
+        inside = clipped == weight
         if self.log_scale.requires_grad:
             error = torch.sub(value, weight * inside).mul_(grad)
-            add_grad(
-                self.log_scale, reduce(error.to(torch.promote_types(grad.dtype, torch.float32)), self.log_scale.shape)
-            )
+            add_grad(self.log_scale, reduce(at_least_float(error), self.log_scale.shape))
         return grad * inside
+
+
+def at_least_float(values: Tensor) -> Tensor:
+    """In float32, unless they are wider."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def joint_product(a: Tensor, b: Tensor) -> Tensor:
     """The product of two tensors of parts, of which one's are as fine as the other's in every dimension."""
     shape = torch.Size(max(x, y) for x, y in zip(a.shape, b.shape, strict=True))
-    return expand(a, shape) * expand(b, shape)
+    return spread(a, shape) * spread(b, shape)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ Where the text of the paper could not be read, the equations are this project's 
 the scale of each output channel, and the quantization of activations. Meeting a budget of bits is an extension.
 """
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.activations import NoisyActivation, install_noise
-from hf_approx.methods.base import Inserted, Method, incoming
+from hf_approx.methods.base import Inserted, Method, Part, incoming
 from hf_approx.methods.budget import cubic_ramp, plan
 from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.latent import value_of
@@ -34,7 +34,7 @@ from hf_approx.methods.rounding import (
 from hf_approx.methods.smol_config import SmolConfig
 from hf_approx.modules.activation import install, uninstall
 from hf_approx.modules.sharded import on_rows, piece, whole, write
-from hf_approx.packing.grid import MAX_BITS, expand
+from hf_approx.packing.grid import MAX_BITS, spread
 from hf_approx.targets import Target, matches
 
 logger = get_logger(__name__)
@@ -66,6 +66,7 @@ class Smol(GridMethod):
         self._first = 0
         self.activations: dict[str, NoisyActivation] = {}
         self.budgets: list[Budget] = []
+        self._stacked_budgets: tuple[list[Part], list[Budget]] | None = None
         self._frozen: list[nn.Parameter] = []
 
     @property
@@ -206,14 +207,34 @@ class Smol(GridMethod):
                 self._steer(progress / self._until)
             self._step += 1
             self._tell()
-        for latent, noise in zip(self.latents, self.noises, strict=True):
-            weight = latent.weight
-            if not weight.requires_grad:
-                continue
-            rows = piece(weight)
-            here = on_rows(noise, weight) if isinstance(weight, DTensor) else noise
-            bound = expand(here.bound().to(rows.dtype), rows.shape)
-            rows.clamp_(-bound, bound)
+        for stage, weight, _ in self.parts:
+            if weight.requires_grad:
+                rows, noise = piece(weight), cast(NoisyWeight, stage)
+                here = on_rows(noise, weight) if isinstance(weight, DTensor) else noise
+                bound = spread(here.bound().to(rows.dtype), rows.shape)
+                rows.clamp_(-bound, bound)
+
+    def group(self, name: str) -> int:
+        """Which targets it shares a budget with."""
+        at = list(self.targets).index(name)
+        return next(i for i, (members, _) in enumerate(self._groups()) if at in members)
+
+    def _at_work(self) -> list[Budget]:
+        """The budgets, of what is stacked where something is."""
+        if self.stacked is None:
+            return self.budgets
+        if self._stacked_budgets is None or self._stacked_budgets[0] is not self.stacked:
+            made = []
+            for i, budget in enumerate(self.budgets):
+                own = [cast(NoisyWeight, part.stage) for part in self.stacked if part.group == i]
+                sizes = [
+                    governed(part.weight.shape[1:], part.stage.bits.shape[1:])[None]
+                    for part in self.stacked
+                    if part.group == i
+                ]
+                made.append(replace(budget, noises=own, governs=sizes) if own else budget)
+            self._stacked_budgets = (self.stacked, made)
+        return self._stacked_budgets[1]
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
@@ -230,19 +251,17 @@ class Smol(GridMethod):
             for budget in self.budgets:
                 if budget.target is not None and self._config.limit_init == "curvature":
                     budget.spread()
-        for budget in self.budgets:
+        for budget in self._at_work():
             if budget.target is not None:
                 start = max(self._config.initial_bits, budget.target)
                 wanted = start + (budget.target - start) * cubic_ramp(fraction, 1.0)
-                shift = steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
-                if math.isnan(shift):
-                    self._refuse_learned()
+                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
 
     def on_gradients(self, scale: float = 1.0) -> None:
         """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""
         if self._settled:
             return
-        for budget in self.budgets:
+        for budget in self._at_work():
             if budget.target is not None:
                 if self._config.limit_init == "curvature" and not self._spread:
                     budget.measure(scale)
@@ -250,7 +269,7 @@ class Smol(GridMethod):
 
     def penalty(self) -> Tensor | None:
         """lambda * sum over weights of (p - 1), for what has no target; None once precisions are fixed."""
-        free = [budget.penalty() for budget in self.budgets if budget.target is None]
+        free = [budget.penalty() for budget in self._at_work() if budget.target is None]
         if self._settled or not free:
             return None
         return self._config.penalty * torch.stack(free).sum()
@@ -327,7 +346,7 @@ class Smol(GridMethod):
         else:
             average = sum(b.average() * b.total for b in weights) / sum(b.total for b in weights)
         solved = weights[0].target is not None
-        numbers = {"bits": average, "penalty": weights[0].multiplier if solved else self._config.penalty}
+        numbers = {"bits": average, "penalty": float(weights[0].multiplier) if solved else self._config.penalty}
         if self.activations:
             quantizers = self.activations.values()
             total = sum(q.governs * q.channels for q in quantizers)
@@ -359,12 +378,12 @@ class Smol(GridMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """The phase, the step, and the running means; limits, scales and precisions are in the model."""
-        means = [[budget.pull, budget.weight] for budget in self.budgets]
+        means = [[float(mean) for mean in budget.means] for budget in self.budgets]
         return {"settled": self._settled, "spread": self._spread, "step": self._step, "means": means}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._settled, self._spread, self._step = state["settled"], state["spread"], state["step"]
         for budget, (pull, weight) in zip(self.budgets, state["means"], strict=True):
-            budget.pull, budget.weight = pull, weight
+            budget.means[:] = pull, weight
         self._tell()

@@ -45,7 +45,7 @@ class ContinuousSparsification(Method):
         self._frozen: list[nn.Parameter] = []
         self._settled = False
         self._learned_sparsity: float | None = None
-        self._force = 0.0
+        self._force: Tensor | float = 0.0
 
     @property
     def config(self) -> SparsificationConfig:
@@ -214,8 +214,6 @@ class ContinuousSparsification(Method):
             for i, mask in enumerate(self.block_masks.values()):
                 members[next(g for g, group in enumerate(self._groups()) if i in group.members)].append(mask.scores)
             self._force = lower(members, [group.target for group in self._groups()], fraction, level)
-        if math.isnan(self._force):
-            self._refuse_scores()
 
     def group(self, name: str) -> int | None:
         """Which of those that are ranked together a target belongs to."""
@@ -345,7 +343,7 @@ class ContinuousSparsification(Method):
             "sparsity": 1 - self._count() / self._numel,
             "soft_sparsity": self._soft_sparsity(),
             "temperature": float(self.masks[0].temperature),
-            "penalty": self._force if penalty is None else float(penalty),
+            "penalty": float(self._force if penalty is None else penalty),
         }
 
     def histogram(self) -> list[int]:

@@ -429,7 +429,7 @@ class BoundOptimizer(CompositeOptimizer):
 
     def __init__(self, stack: MethodStack, optimizer: Optimizer, steps: int | None) -> None:
         groups = stack.param_groups()
-        super().__init__(optimizer, *([torch.optim.Adam(groups)] if groups else []))
+        super().__init__(optimizer, *([torch.optim.Adam(groups, fused=True)] if groups else []))
         self.stack, self.steps, self.taken = stack, steps, 0
         if steps is not None:
             stack.advance(0.0)

@@ -29,7 +29,9 @@ def resting_level(settings: Settings, progress: float) -> float:
 
 
 @torch.no_grad()
-def lower(groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction: float, level: float) -> float:
+def lower(
+    groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction: float, level: float
+) -> Tensor | float:
     """Lower the scores of every group.
 
     Args:
@@ -39,18 +41,17 @@ def lower(groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction
         level: Of `resting_level`.
 
     Returns:
-        What was taken off the scores of the last group; NaN, and no more is taken off, if a score is NaN.
+        What was taken off the scores of the last group, where they are, so that no device is waited for; NaN, and
+        nothing is taken off, if a score is NaN.
     """
-    force = 0.0
+    force: Tensor | float = 0.0
     for scores, target in zip(groups, targets, strict=True):
         wanted = cubic_ramp(fraction, target)
         if wanted > 0:
-            number = threshold(scores, wanted) - level
-            force = float(number)
-            if math.isnan(force):
-                return force
+            force = threshold(scores, wanted) - level
+            move = force.nan_to_num(0.0)
             for each in scores:
-                piece(each).sub_(number)
+                piece(each).sub_(move)
     return force
 
 

@@ -39,12 +39,17 @@ def expand(part: Tensor, shape: torch.Size) -> Tensor:
     Raises:
         ValueError: The numbers of dimensions differ, or a dimension has more entries than the shape.
     """
+    return spread(part, shape).expand(shape)
+
+
+def spread(part: Tensor, shape: torch.Size) -> Tensor:
+    """As `expand`, but dimensions of one entry stay so: in a shape that broadcasts."""
     if part.dim() != len(shape) or any(have > want for have, want in zip(part.shape, shape, strict=True)):
         raise ValueError(f"A grid of shape {list(part.shape)} does not fit a weight of shape {list(shape)}.")
     for dim, (have, want) in enumerate(zip(part.shape, shape, strict=True)):
         if 1 < have < want:
             part = part.repeat_interleave(-(-want // have), dim).narrow(dim, 0, want)
-    return part.expand(shape)
+    return part
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
@@ -70,9 +75,9 @@ def round_to_grid(weight: Tensor, grid: Grid) -> Tensor:
     wide, half = weight.shape, torch.exp2(grid.bits.to(torch.float32) - 1)
     scale = grid.scale.to(torch.float32)
     # As `dequantize(quantize(weight, grid), grid, weight.dtype)`, with less memory.
-    unit = weight.to(torch.float32) / expand(scale, wide)
-    unit.mul_(expand(half / 2, wide)).floor_()
-    half_wide = expand(half, wide)
+    scale_wide, half_wide = spread(scale, wide), spread(half, wide)
+    unit = weight.to(torch.float32) / scale_wide
+    unit.mul_(half_wide / 2).floor_()
     unit.clamp_(min=-half_wide).clamp_(max=half_wide - 1).add_(0.5)
-    unit.mul_(expand(2 / half, wide)).mul_(expand(scale, wide))
+    unit.mul_(2 / half_wide).mul_(scale_wide)
     return unit.masked_fill_(weight == 0, 0).to(weight.dtype)
