@@ -32,6 +32,7 @@ class NoisyActivation(ActivationQuantizer):
         device: Of the layer.
     """
 
+    key: Tensor
     largest: Tensor
     curvature: Tensor
     bypassed = False

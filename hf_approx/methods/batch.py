@@ -87,7 +87,7 @@ def stacked(tensors: Sequence[Tensor], dims: int = 0) -> Tensor:
 def batched(stages: Sequence[Stage]) -> Stage:
     """A stage for stacked weights whose tensors are those of the given ones, stacked."""
     first = stages[0]
-    made = cast(Stage, object.__new__(type(first)))
+    made: Any = object.__new__(type(first))
     vars(made).update(vars(first))
     made._parameters, made._buffers = {}, {}
     made.indices = [index for stage in stages for index in getattr(stage, "indices", ())]
@@ -126,8 +126,8 @@ def batches_of(latents: Sequence[Latent], groups: Sequence[Hashable]) -> list[Ba
     for latent, group in zip(latents, groups, strict=True):
         weight = latent.weight
         key = (group, weight.shape, weight.dtype, weight.device, weight.requires_grad)
-        key = (*key, tuple(signature(stage) for stage in latent.stages))
-        found.setdefault(key, []).append(latent)
+        stages = tuple(signature(stage) for stage in latent.stages)
+        found.setdefault((key, stages), []).append(latent)
     batches = []
     for same in found.values():
         most = max(MOST // max(same[0].weight.numel(), 1), 1)

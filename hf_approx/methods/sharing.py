@@ -336,6 +336,11 @@ class Mixing(Latent):
 
     mixes = True
 
+    @property
+    def latents(self) -> list["Mixing"]:
+        """Itself, as a batch of one."""
+        return [self]
+
     def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
         self.bank, self._own = bank, coefficients
         super().__init__(target)

@@ -226,13 +226,9 @@ class Smol(GridMethod):
         if self._stacked_budgets is None or self._stacked_budgets[0] is not self.stacked:
             made = []
             for i, budget in enumerate(self.budgets):
-                own = [cast(NoisyWeight, part.stage) for part in self.stacked if part.group == i]
-                sizes = [
-                    governed(part.weight.shape[1:], part.stage.bits.shape[1:])[None]
-                    for part in self.stacked
-                    if part.group == i
-                ]
-                made.append(replace(budget, noises=own, governs=sizes) if own else budget)
+                own = [(cast(NoisyWeight, p.stage), p.weight.shape[1:]) for p in self.stacked if p.group == i]
+                sizes = [governed(shape, noise.bits.shape[1:])[None] for noise, shape in own]
+                made.append(replace(budget, noises=[noise for noise, _ in own], governs=sizes) if own else budget)
             self._stacked_budgets = (self.stacked, made)
         return self._stacked_budgets[1]
 

@@ -208,7 +208,7 @@ class ContinuousSparsification(Method):
         if self._config.granularity == "2:4":
             self._force = lower_fours(list(self.modules.values()), self.masks, fraction, level)
         else:
-            members = [[] for _ in self._groups()]
+            members: list[list[Tensor]] = [[] for _ in self._groups()]
             for part in self.parts:
                 members[cast(int, part.group)].append(cast(SigmoidMask, part.stage).scores)
             for i, mask in enumerate(self.block_masks.values()):

@@ -17,7 +17,8 @@ from hf_approx.logs import get_logger
 from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
 from hf_approx.methods.batch import Batch, batches_of
 from hf_approx.methods.latent import Latent, every_latent
-from hf_approx.methods.sharing import DDP_IGNORES
+from hf_approx.methods.mixed import MixedBatch, mixed_batches
+from hf_approx.methods.sharing import DDP_IGNORES, Mixing
 from hf_approx.modules.sharded import add_totals, is_sharded, reshard, write
 from hf_approx.optim import CompositeOptimizer
 
@@ -60,7 +61,7 @@ class MethodStack:
                 method.detach()
             raise
         self._pulled = False
-        self._batches: list[Batch] = []
+        self._batches: list[Batch | MixedBatch | Mixing] = []
         self.write()
 
     @property
@@ -134,21 +135,23 @@ class MethodStack:
         for batch in self.batches():
             batch.write()
 
-    def batches(self) -> list[Batch | Latent]:
-        """What is computed together; weights that are mixed from others come last, and are for themselves."""
+    def batches(self) -> list[Batch | MixedBatch | Latent]:
+        """What is computed together; weights that are mixed from others come last."""
         latents = self.latents
-        alone = [latent for latent in latents if latent.mixes or latent.is_sharded]
-        others = [latent for latent in latents if not (latent.mixes or latent.is_sharded)]
+        together = [latent for latent in latents if not latent.is_sharded]
         known = {id(latent) for batch in self._batches for latent in batch.latents}
-        if known != {id(latent) for latent in others} or any(latent.moved for latent in others):
-            for latent in others:
+        if known != {id(latent) for latent in together} or any(latent.moved for latent in together):
+            for latent in together:
                 latent.follow()
+            mixed = [latent for latent in together if isinstance(latent, Mixing)]
+            others = [latent for latent in together if not isinstance(latent, Mixing)]
             names = {id(stage): (m, name) for m in self.methods for name, stage in m.stages.items()}
             owners = [[names[id(stage)] for stage in latent.stages] for latent in others]
             groups = [tuple((id(method), method.group(name)) for method, name in each) for each in owners]
-            self._batches = batches_of(others, groups)
-            self._hand_parts(names)
-        return [*self._batches, *alone]
+            batches = batches_of(others, groups)
+            self._hand_parts(batches, names)
+            self._batches = [*batches, *mixed_batches(mixed)]
+        return [*self._batches, *(latent for latent in latents if latent.is_sharded)]
 
     def unstack(self) -> None:
         """Forget what is computed together: it is found anew when it is needed."""
@@ -156,16 +159,16 @@ class MethodStack:
         for method in self.methods:
             method.stacked = None
 
-    def _hand_parts(self, owners: Mapping[int, tuple[Method, str]]) -> None:
+    def _hand_parts(self, batches: Sequence[Batch], owners: Mapping[int, tuple[Method, str]]) -> None:
         """Let every method have what is stacked of its own, and beside that what is split."""
         for method in self.methods:
             method.stacked = None
-        for latent in self.latents if self._batches else ():
+        for latent in self.latents if batches else ():
             if latent.is_sharded and not latent.mixes:
                 for stage in latent.stages:
                     method, name = owners[id(stage)]
                     method.stacked = [*(method.stacked or ()), Part(stage, latent.weight, method.group(name))]
-        for batch in self._batches:
+        for batch in batches:
             for stage, first in zip(batch.stages, batch.latents[0].stages, strict=True):
                 method, name = owners[id(first)]
                 method.stacked = [*(method.stacked or ()), Part(stage, batch.weight, method.group(name))]

@@ -144,7 +144,7 @@ def coefficients_of(module: nn.Module) -> nn.Parameter:
     """The coefficients of a module that shares its weight, of shape (templates,)."""
     latent = (vars(module).get(LATENTS) or {}).get("weight")
     if hasattr(latent, "bank"):
-        return cast(nn.Parameter, latent.weight)
+        return cast(nn.Parameter, cast(Any, latent).weight)
     return module.get_parameter("parametrizations.weight.original")
 
 

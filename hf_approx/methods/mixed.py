@@ -1,0 +1,89 @@
+"""Layers that share a bank, mixed together by one product of matrices."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from hf_approx.methods.batch import MOST, stacked
+from hf_approx.methods.latent import add_grad
+from hf_approx.methods.sharing import Mixing
+
+
+class MixedBatch:
+    """Weights that are mixed from one bank: W = C T, of coefficients (layers, templates) and templates as rows.
+
+    Args:
+        latents: The coefficients of every layer; on one device.
+    """
+
+    def __init__(self, latents: Sequence[Mixing]) -> None:
+        self.latents = list(latents)
+        self.coefficients = nn.Parameter(stacked([latent.weight for latent in latents]))
+
+    def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        """The tensors in runs of rows of which all layers together have no more than `MOST` entries."""
+        rows = len(tensors[0])
+        run = max(MOST * rows // (len(self.latents) * tensors[0].numel()), 1)
+        if run >= rows:
+            return iter([tensors])
+        return ([tensor[start : start + run] for tensor in tensors] for start in range(0, rows, run))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Make the effective weights anew."""
+        layers, templates = [latent.effective for latent in self.latents], self.latents[0].bank.weights
+        with exact_products():
+            for made, given in zip(self._pieces(layers), self._pieces(templates), strict=True):
+                mixed = self.coefficients @ torch.stack(list(given)).flatten(1)
+                torch._foreach_copy_(list(made), mixed.view(-1, *made[0].shape).unbind())
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Turn gradients of effective weights into those of coefficients and of templates as the model has them."""
+        effective = [latent.effective for latent in self.latents]
+        if any(param.grad is None for param in effective):
+            for latent in self.latents:
+                latent.pull()
+            return
+        grads = [cast(Tensor, param.grad) for param in effective]
+        for param in effective:
+            param.grad = None
+        templates = self.latents[0].bank.weights
+        of_rows = torch.zeros_like(self.coefficients)
+        of_templates: list[tuple[Tensor, ...]] = []
+        with exact_products():
+            for each, given in zip(self._pieces(grads), self._pieces(templates), strict=True):
+                grad = torch.stack(list(each)).flatten(1)
+                of_rows.addmm_(grad, torch.stack(list(given)).flatten(1).T)
+                of_templates.append((self.coefficients.T @ grad).view(-1, *given[0].shape).unbind())
+        for latent, row in zip(self.latents, of_rows.unbind(), strict=True):
+            add_grad(latent.weight, row)
+        for template, parts in zip(self.latents[0].bank, zip(*of_templates, strict=True), strict=True):
+            add_grad(template.get_parameter("weight"), parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within, float32 matrices are multiplied in float32, whatever is allowed elsewhere: weights are made of them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def mixed_batches(latents: Sequence[Mixing]) -> Sequence[MixedBatch | Mixing]:
+    """The layers of each bank together, where they are on one device with it; others by themselves."""
+    found: dict[int, list[Mixing]] = {}
+    for latent in latents:
+        found.setdefault(id(latent.bank), []).append(latent)
+    batches: list[MixedBatch | Mixing] = []
+    for same in found.values():
+        tensors = [*(latent.effective for latent in same), *same[0].bank.weights]
+        alike = len({(t.device, t.dtype, t.is_contiguous()) for t in tensors}) == 1 and tensors[0].is_contiguous()
+        batches += [MixedBatch(same)] if alike else same
+    return batches
