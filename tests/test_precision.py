@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_approx.methods.precision import assign, initial_limit, precision, steer
-from hf_approx.methods.rounding import expand, fit_scale, governed, reduce
-from hf_approx.packing.grid import Grid, dequantize, quantize, round_to_grid
+from hf_approx.methods.rounding import fit_scale, governed, reduce
+from hf_approx.packing.grid import Grid, dequantize, expand, quantize, round_to_grid
 
 
 def nearest(weight, bits, scale):

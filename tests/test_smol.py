@@ -13,8 +13,7 @@ from hf_approx import SmolConfig
 from hf_approx.methods.latent import every_latent
 from hf_approx.methods.noise import draw, noise_keys
 from hf_approx.methods.precision import precision
-from hf_approx.methods.rounding import expand
-from hf_approx.packing.grid import round_to_grid
+from hf_approx.packing.grid import expand, round_to_grid
 from models import build
 from test_trainer import assert_close_weights, no_dropout
 

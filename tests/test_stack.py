@@ -27,7 +27,10 @@ def test_the_three_lines_of_a_loop_are_what_is_driven_by_hand(make, configs, los
     loop(stack, loss, bind(stack))
     by_hand = attach(make(), configs)
     groups = by_hand.param_groups()
-    optimizers = [torch.optim.AdamW(by_hand.parameters(), lr=0.01), *([torch.optim.Adam(groups)] if groups else [])]
+    optimizers = [
+        torch.optim.AdamW(by_hand.parameters(), lr=0.01),
+        *([torch.optim.Adam(groups, fused=True)] if groups else []),
+    ]
     by_hand.advance(0.0)
     for step in range(STEPS):
         loss(by_hand.model, step).backward()

@@ -36,10 +36,11 @@ class Batch:
         return self.weight.device
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Make the effective weights anew."""
+    def write(self, bare: bool = False) -> None:
+        """Make the effective weights anew; bare ones are those that are trained."""
         self._tell()
-        torch._foreach_copy_([latent.effective for latent in self.latents], forward(self.weight, self.stages).unbind())
+        made = forward(self.weight, () if bare else self.stages)
+        torch._foreach_copy_([latent.effective for latent in self.latents], made.unbind())
 
     @torch.no_grad()
     def pull(self) -> Partials:

@@ -364,7 +364,7 @@ class ContinuousSparsification(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """The phase; scores and temperature are in the model."""
-        return {"settled": self._settled, "learned_sparsity": self._learned_sparsity, "force": self._force}
+        return {"settled": self._settled, "learned_sparsity": self._learned_sparsity, "force": float(self._force)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""

@@ -273,8 +273,8 @@ class MethodStack:
         for module in inserted:
             module.bypassed = True
         reshard(self.model)
-        for latent in self.latents:
-            latent.write(bare=True)
+        for batch in self.batches():
+            batch.write(bare=True)
         try:
             yield
         finally:
