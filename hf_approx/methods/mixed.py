@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_approx.methods.batch import MOST, stacked
-from hf_approx.methods.latent import add_grad
+from hf_approx.methods.latent import Partials, add_grad
 from hf_approx.methods.sharing import Mixing
 
 
@@ -41,13 +41,15 @@ class MixedBatch:
                 torch._foreach_copy_(list(made), mixed.view(-1, *made[0].shape).unbind())
 
     @torch.no_grad()
-    def pull(self) -> None:
-        """Turn gradients of effective weights into those of coefficients and of templates as the model has them."""
+    def pull(self) -> Partials:
+        """Turn gradients of effective weights into those of coefficients and of templates as the model has them.
+
+        Returns:
+            Nothing that is still to be added up: these weights are whole.
+        """
         effective = [latent.effective for latent in self.latents]
         if any(param.grad is None for param in effective):
-            for latent in self.latents:
-                latent.pull()
-            return
+            return [part for latent in self.latents for part in latent.pull()]
         grads = [cast(Tensor, param.grad) for param in effective]
         for param in effective:
             param.grad = None
@@ -63,6 +65,7 @@ class MixedBatch:
             add_grad(latent.weight, row)
         for template, parts in zip(self.latents[0].bank, zip(*of_templates, strict=True), strict=True):
             add_grad(template.get_parameter("weight"), parts[0] if len(parts) == 1 else torch.cat(parts))
+        return []
 
 
 @contextmanager
