@@ -45,6 +45,9 @@ class Batch:
     @torch.no_grad()
     def pull(self) -> Partials:
         """Turn gradients of effective weights into those of what is trained, adding to what they have."""
+        pairs = self._pairs()
+        for batch, params in pairs:
+            take_back(batch, params)
         effective = [latent.effective for latent in self.latents]
         grads = [param.grad for param in effective]
         if any(grad is None for grad in grads):
@@ -57,11 +60,22 @@ class Batch:
         value = torch.stack(list(effective)) if self.stages[-1].asks_value else grad
         self.weight.requires_grad_(self.latents[0].weight.requires_grad)
         add_grad(self.weight, pull(grad, self.weight, value, self.stages))
-        hand_out(self.weight, [latent.weight for latent in self.latents])
+        for batch, params in pairs:
+            hand_out(batch, params)
+        return []
+
+    def zero_grad(self) -> None:
+        """Forget all gradients of what is stacked."""
+        for batch, _ in self._pairs():
+            batch.grad = None
+
+    def _pairs(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Everything trained, stacked and one by one."""
+        pairs = [(self.weight, [latent.weight for latent in self.latents])]
         for i, stage in enumerate(self.stages):
             for name, param in stage.named_parameters():
-                hand_out(param, [latent.stages[i].get_parameter(name) for latent in self.latents])
-        return []
+                pairs.append((param, [latent.stages[i].get_parameter(name) for latent in self.latents]))
+        return pairs
 
     def _tell(self) -> None:
         """Bring what is no tensor up to date: where a stage is in training."""
@@ -107,13 +121,22 @@ def batched(stages: Sequence[Stage]) -> Stage:
 
 
 def hand_out(batch: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
-    """Give each parameter its part of the batch's gradient."""
+    """Let the gradient of each parameter be its part of the batch's."""
     if batch.grad is None:
         return
     for param, grad in zip(params, batch.grad.unbind(), strict=True):
-        grad = grad if grad.shape == param.shape else grad.reshape(param.shape)
-        param.grad = grad if param.grad is None else param.grad + grad
-    batch.grad = None
+        param.grad = grad if grad.shape == param.shape else grad.reshape(param.shape)
+
+
+def take_back(batch: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
+    """Undo that: the batch has the gradients that its parameters have now, which may be none."""
+    grads = [param.grad for param in params]
+    if batch.grad is None and all(grad is None for grad in grads):
+        return
+    if batch.grad is not None and grads[0] is not None and grads[0].data_ptr() == batch.grad.data_ptr():
+        return
+    known = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+    batch.grad = None if all(grad is None for grad in grads) else torch.stack(known).reshape(batch.shape)
 
 
 def batches_of(latents: Sequence[Latent], groups: Sequence[Hashable]) -> list[Batch]:

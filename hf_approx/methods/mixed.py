@@ -23,6 +23,10 @@ class MixedBatch:
         self.latents = list(latents)
         self.coefficients = nn.Parameter(stacked([latent.weight for latent in latents]))
 
+    def zero_grad(self) -> None:
+        """Forget all gradients of what is stacked."""
+        self.coefficients.grad = None
+
     def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """The tensors in runs of rows of which all layers together have no more than `MOST` entries."""
         rows = len(tensors[0])

@@ -248,8 +248,8 @@ class MethodStack:
 
     def zero_grad(self) -> None:
         """Forget all gradients of effective weights and of what is trained in their place."""
-        for latent in self.latents:
-            latent.zero_grad()
+        for each in [*self.latents, *self._batches]:
+            each.zero_grad()
         self._pulled = False
 
     @contextmanager
