@@ -49,6 +49,11 @@ def test_the_three_lines_of_a_loop_are_what_is_driven_by_hand(make, configs, los
     assert not list(every_latent(stack.model))
 
 
+def same_mix(made, expected):
+    """Layers that are mixed together are summed in another order than one by itself."""
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-7)
+
+
 def anatomy(model):
     """All there is to a model but the values of its weights."""
     return [
@@ -153,7 +158,7 @@ def test_evaluation_has_no_noise_and_training_gets_it_back(configs):
         quiet = weights(stack.model)
         assert not any(torch.equal(quiet[f"{i}.weight"], noisy[f"{i}.weight"]) for i in (0, 2))
         for latent in stack.latents:
-            assert torch.equal(value_of(latent.target), latent.effective)
+            same_mix(value_of(latent.target), latent.effective)
     assert_same_weights(weights(stack.model), noisy)
     assert_same_weights(trained(stack.model), state)
     assert all(stage.training for latent in stack.latents for stage in latent.stages)
@@ -205,7 +210,7 @@ def test_a_bypassed_model_has_what_is_trained_for_weights(configs):
     with stack.bypassed():
         for latent in stack.latents:
             expected = latent.before() if latent.mixes else latent.weight
-            assert torch.equal(latent.effective, expected)
+            same_mix(latent.effective, expected)
             assert latent.mixes == torch.equal(latent.effective, before[latent.target.name])
     assert_same_weights(weights(stack.model), before)
 
@@ -314,4 +319,7 @@ def test_taking_methods_off_gives_back_what_was_trained(make, configs, loss):
     assert anatomy(stack.model) == before
     for name, tensor in weights(stack.model).items():
         if not name.startswith("hf_approx"):
-            assert torch.equal(tensor, mixed.get(name, state[name])), name
+            if name in mixed:
+                same_mix(tensor, mixed[name])
+            else:
+                assert torch.equal(tensor, state[name]), name

@@ -147,7 +147,7 @@ class Budget:
     def multiplier(self) -> Tensor:
         """The lambda for which gradients and penalty together leave the average where it is."""
         pull, weight = self.means
-        return (torch.as_tensor(pull) / weight).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)
+        return (torch.as_tensor(pull, dtype=torch.float64) / weight).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)
 
     @torch.no_grad()
     def balance(self, scale: float = 1.0) -> None:
