@@ -99,7 +99,7 @@ def test_a_method_on_a_sharded_model_equals_that_on_a_whole_one(methods, kind):
         assert torch.equal(sharded[name] == 0, weight == 0), name
         close = torch.isclose(sharded[name], weight, rtol=1e-5, atol=1e-6)
         # Of rounded weights a few may come to the next code.
-        assert close.double().mean() >= (0.99 if kind in ("quantized inputs", "frozen bits") else 1.0), name
+        assert close.double().mean() >= (0.99 if kind in methods_fsdp.ROUNDED else 1.0), name
 
 
 @pytest.mark.parametrize("act", ["finalize", "bake", "detach", "copy", "attach"])

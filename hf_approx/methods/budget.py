@@ -89,14 +89,19 @@ QUANTILE_SAMPLE = 1 << 18
 """Scores that place a threshold during training; the final mask ranks all of them."""
 
 
-def threshold(scores: Sequence[Tensor], sparsity: float) -> Tensor:
+def threshold(scores: Sequence[Tensor], sparsity: float, stacked: bool = False) -> Tensor:
     """The value that about the given share of the entries is not above, from an evenly spaced sample.
 
     NaN if one of the sample is: it is above or below no other.
+
+    Args:
+        scores: Any.
+        sparsity: The share.
+        stacked: Each tensor holds those of several weights, in its first dimension.
     """
     # Odd, so that it does not fall into step with the width of the matrices and see only some columns.
     stride = (sum(s.numel() for s in scores) // QUANTILE_SAMPLE) | 1
-    sample = torch.cat([every(s.detach(), stride) for s in scores])
+    sample = torch.cat([every(s.detach(), stride, stacked) for s in scores])
     value = sample.kthvalue(max(round(sparsity * sample.numel()), 1)).values
     return torch.where(sample.isnan().any(), torch.nan, value)
 

@@ -45,7 +45,14 @@ def initial_limit(bits: float) -> float:
 
 
 @torch.no_grad()
-def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, least: float, most: float) -> Tensor:
+def steer(
+    limits: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    target: float,
+    least: float,
+    most: float,
+    stacked: bool = False,
+) -> Tensor:
     """Shift all limits by one number so that the average precision is about the target, and clamp them.
 
     Args:
@@ -54,14 +61,15 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
         target: Average, each weight counted once.
         least: Smallest precision.
         most: Largest precision.
+        stacked: Each tensor holds those of several weights, in its first dimension.
 
     Returns:
         The shift, a scalar where the limits are, so that no device is waited for; NaN, and nothing is shifted, if a
         limit is not finite.
     """
     stride = (sum(s.numel() for s in limits) // SAMPLE) | 1
-    sample = torch.cat([every(s, stride) for s in limits])
-    weight = torch.cat([_like(n, s)[::stride] for n, s in zip(sizes, limits, strict=True)])
+    sample = torch.cat([every(s, stride, stacked) for s in limits])
+    weight = torch.cat([every(_like(n, s), stride, stacked) for n, s in zip(sizes, limits, strict=True)])
     share = (weight / weight.sum()).to(sample)
     low, high = initial_limit(most), initial_limit(least)
     smallest, largest = sample.aminmax()
@@ -81,10 +89,8 @@ def steer(limits: Sequence[Tensor], sizes: Sequence[Tensor], target: float, leas
 
 
 def _like(sizes: Tensor, limits: Tensor) -> Tensor:
-    """The sizes of all limits in one dimension, without memory of their own where all are equal."""
-    if sizes.numel() == 1:
-        return sizes.reshape(1).expand(limits.numel())
-    return sizes.expand(limits.shape).reshape(-1)
+    """The sizes of all limits, without memory of their own where all are equal."""
+    return sizes.expand(limits.shape)
 
 
 class Limited(Protocol):
@@ -100,14 +106,16 @@ class Budget:
     """Noises whose precisions share an average.
 
     `governs` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed`
-    are the precisions. `means` are running means: of the sum of the limits' gradients, and of what the penalty would
-    add to it if lambda were one. They are where the limits are once there is something in them.
+    are the precisions; `stacked` noises are each those of several weights. `means` are running means: of the sum of the
+    limits' gradients, and of what the penalty would add to it if lambda were one. They are where the limits are once
+    there is something in them.
     """
 
     noises: Sequence[Limited]
     governs: list[Tensor]
     target: float | None
     allowed: Sequence[int]
+    stacked: bool = False
     means: list[Tensor | float] = field(default_factory=lambda: [0.0, 0.0])
 
     @property
@@ -125,7 +133,7 @@ class Budget:
         parts = sum(s.numel() for s in self.limits)
         if self.target is None or parts > MANY:
             return
-        sizes = torch.cat([_like(n, s) for s, n in zip(self.limits, self.sizes, strict=True)])
+        sizes = torch.cat([_like(n, s).reshape(-1) for s, n in zip(self.limits, self.sizes, strict=True)])
         assigned = assign(torch.full_like(sizes, self.target), sizes, self.allowed, self.target)
         reached = float((assigned * sizes).sum() / sizes.sum())
         if abs(reached - self.target) > TOLERANCE:
@@ -138,7 +146,7 @@ class Budget:
     def choose(self, sizes: Sequence[Tensor]) -> None:
         """Assign precisions, counting these sizes."""
         wanted = torch.cat([precision(whole(s)).reshape(-1).cpu() for s in self.limits])
-        counts = torch.cat([_like(n, s).cpu() for s, n in zip(self.limits, sizes, strict=True)])
+        counts = torch.cat([_like(n, s).cpu().reshape(-1) for s, n in zip(self.limits, sizes, strict=True)])
         assigned = assign(wanted, counts, self.allowed, self.target)
         for noise, part in zip(self.noises, assigned.split([s.numel() for s in self.limits]), strict=True):
             write(noise.bits, part.reshape(noise.bits.shape).to(noise.bits.device))

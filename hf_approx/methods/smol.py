@@ -228,7 +228,9 @@ class Smol(GridMethod):
             for i, budget in enumerate(self.budgets):
                 own = [(cast(NoisyWeight, p.stage), p.weight.shape[1:]) for p in self.stacked if p.group == i]
                 sizes = [governed(shape, noise.bits.shape[1:])[None] for noise, shape in own]
-                made.append(replace(budget, noises=[noise for noise, _ in own], governs=sizes) if own else budget)
+                made.append(
+                    replace(budget, noises=[noise for noise, _ in own], governs=sizes, stacked=True) if own else budget
+                )
             self._stacked_budgets = (self.stacked, made)
         return self._stacked_budgets[1]
 
@@ -251,7 +253,7 @@ class Smol(GridMethod):
             if budget.target is not None:
                 start = max(self._config.initial_bits, budget.target)
                 wanted = start + (budget.target - start) * cubic_ramp(fraction, 1.0)
-                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1])
+                steer(budget.limits, budget.sizes, wanted, budget.allowed[0], budget.allowed[-1], budget.stacked)
 
     def on_gradients(self, scale: float = 1.0) -> None:
         """Add the gradient of a penalty whose multiplier keeps the average precision where it is."""

@@ -213,7 +213,8 @@ class ContinuousSparsification(Method):
                 members[cast(int, part.group)].append(cast(SigmoidMask, part.stage).scores)
             for i, mask in enumerate(self.block_masks.values()):
                 members[next(g for g, group in enumerate(self._groups()) if i in group.members)].append(mask.scores)
-            self._force = lower(members, [group.target for group in self._groups()], fraction, level)
+            targets = [group.target for group in self._groups()]
+            self._force = lower(members, targets, fraction, level, stacked=self.stacked is not None)
 
     def group(self, name: str) -> int | None:
         """Which of those that are ranked together a target belongs to."""

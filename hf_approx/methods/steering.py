@@ -30,7 +30,7 @@ def resting_level(settings: Settings, progress: float) -> float:
 
 @torch.no_grad()
 def lower(
-    groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction: float, level: float
+    groups: Sequence[Sequence[Tensor]], targets: Sequence[float], fraction: float, level: float, stacked: bool
 ) -> Tensor | float:
     """Lower the scores of every group.
 
@@ -39,6 +39,7 @@ def lower(
         targets: Of each group.
         fraction: Position on the cubic ramp to the targets.
         level: Of `resting_level`.
+        stacked: Each tensor holds the scores of several weights, in its first dimension.
 
     Returns:
         What was taken off the scores of the last group, where they are, so that no device is waited for; NaN, and
@@ -48,7 +49,7 @@ def lower(
     for scores, target in zip(groups, targets, strict=True):
         wanted = cubic_ramp(fraction, target)
         if wanted > 0:
-            force = threshold(scores, wanted) - level
+            force = threshold(scores, wanted, stacked) - level
             move = force.nan_to_num(0.0)
             for each in scores:
                 piece(each).sub_(move)

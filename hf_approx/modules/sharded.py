@@ -215,10 +215,16 @@ def by_piece(value: Tensor, like: Tensor) -> tuple[Tensor, int]:
     return total(values, like), rank
 
 
-def every(tensor: Tensor, stride: int) -> Tensor:
-    """Every so manieth entry of the whole tensor, in one dimension, without gathering the others."""
+def every(tensor: Tensor, stride: int, stacked: bool = False) -> Tensor:
+    """Every so manieth entry of the whole tensor, in one dimension, without gathering the others.
+
+    Args:
+        tensor: Split or not.
+        stride: So many.
+        stacked: The entries are counted anew for each of several tensors that are stacked in its first dimension.
+    """
     if not isinstance(tensor, DTensor):
-        return tensor.reshape(-1)[::stride]
+        return tensor.reshape(len(tensor) if stacked else 1, -1)[:, ::stride].reshape(-1)
     start = _start(tensor) * (tensor.numel() // max(tensor.shape[0], 1))
     first = -start % stride
     found = tensor.to_local().reshape(-1)[first::stride]

@@ -63,8 +63,9 @@ METHODS = {
     "frozen": [SparsificationConfig(target_sparsity=0.5, train_weights=False)],
     "frozen bits": [SmolConfig(target_bits=3.0, train_weights=False, train_scale=False)],
 }
-SUMMED = ("columns", "heads", "neurons", "uneven columns", "quantized inputs", "frozen bits")
-"""Those that have a number for weights of several rows, or of whose numbers there is a sum over all processes."""
+ROUNDED = ("quantized inputs", "frozen bits", "sparse bits", "bits of weights", "groups of gpt2", "uneven")
+SUMMED = ("columns", "heads", "neurons", "uneven columns", "shared", *ROUNDED)
+"""Those of whose numbers there are sums: over rows, over processes, or over weights that a whole model stacks."""
 GPT2 = ("2:4", "groups of gpt2", "channels of gpt2")
 
 
