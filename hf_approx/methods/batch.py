@@ -60,9 +60,16 @@ class Batch:
         value = torch.stack(list(effective)) if self.stages[-1].asks_value else grad
         self.weight.requires_grad_(self.latents[0].weight.requires_grad)
         add_grad(self.weight, pull(grad, self.weight, value, self.stages))
-        for batch, params in pairs:
-            hand_out(batch, params)
+        self.hand_out()
         return []
+
+    def hand_out(self) -> None:
+        """Let all that is stacked have its part of the gradients."""
+        for batch, params in self._pairs():
+            if batch.grad is not None and (
+                params[0].grad is None or params[0].grad.data_ptr() != batch.grad.data_ptr()
+            ):
+                hand_out(batch, params)
 
     def zero_grad(self) -> None:
         """Forget all gradients of what is stacked."""
@@ -122,9 +129,7 @@ def batched(stages: Sequence[Stage]) -> Stage:
 
 def hand_out(batch: nn.Parameter, params: Sequence[nn.Parameter]) -> None:
     """Let the gradient of each parameter be its part of the batch's."""
-    if batch.grad is None:
-        return
-    for param, grad in zip(params, batch.grad.unbind(), strict=True):
+    for param, grad in zip(params, cast(Tensor, batch.grad).unbind(), strict=True):
         param.grad = grad if grad.shape == param.shape else grad.reshape(param.shape)
 
 

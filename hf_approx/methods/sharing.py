@@ -341,6 +341,9 @@ class Mixing(Latent):
         """Itself, as a batch of one."""
         return [self]
 
+    def hand_out(self) -> None:
+        """It has its gradient."""
+
     def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
         self.bank, self._own = bank, coefficients
         super().__init__(target)

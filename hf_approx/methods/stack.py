@@ -232,6 +232,8 @@ class MethodStack:
                 (penalty * scale).backward()
         for method in self.methods:
             method.on_gradients(scale)
+        for batch in self._batches:
+            batch.hand_out()
         self._pulled = True
 
     def after_step(self, progress: float | None = None) -> None:
