@@ -106,7 +106,7 @@ class Budget:
     """Noises whose precisions share an average.
 
     `governs` says how many weights each limit governs, in shapes that broadcast; `target` is the average, `allowed`
-    are the precisions; `stacked` noises are those of several weights each. `means` are running means, of the sum of the
+    are the precisions; `stacked` noises are those of several weights each. `means` are running means of the sum of the
     limits' gradients, and of what the penalty would add to it if lambda were one. They are where the limits are once
     there is something in them.
     """
