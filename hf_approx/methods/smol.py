@@ -236,7 +236,8 @@ class Smol(GridMethod):
 
     def _tell(self) -> None:
         """Hand the position in training to whatever makes noise."""
-        for noise in self.noises:
+        stacked = [cast(NoisyWeight, part.stage) for part in self.stacked or ()]
+        for noise in [*self.noises, *stacked]:
             noise.step, noise.frozen = self._step, self._settled
         for quantizer in self.activations.values():
             quantizer.tell(self._step)
