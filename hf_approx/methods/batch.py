@@ -36,10 +36,13 @@ class Batch:
         return self.weight.device
 
     @torch.no_grad()
-    def write(self, bare: bool = False) -> None:
-        """Make the effective weights anew; bare ones are those that are trained."""
+    def write(self, bare: bool = False, confine: bool = False) -> None:
+        """As of `Latent`."""
         self._tell()
         made = forward(self.weight, () if bare else self.stages)
+        if confine and self.latents[0].weight.requires_grad:
+            for stage in self.stages:
+                stage.confine(self.weight)
         torch._foreach_copy_([latent.effective for latent in self.latents], made.unbind())
 
     @torch.no_grad()

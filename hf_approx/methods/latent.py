@@ -52,6 +52,9 @@ class Stage(nn.Module):
         """What else stages must have in common to be stacked: all their tensors' shapes and plain numbers are."""
         return None
 
+    def confine(self, weight: Tensor) -> None:
+        """Keep a trained weight, in place, where the stage can make use of it; `forward` was called before."""
+
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """The gradient of the weight; adds those of the stage's own parameters to what they have.
 
@@ -193,14 +196,20 @@ class Latent:
         return self.weight
 
     @torch.no_grad()
-    def write(self, bare: bool = False) -> None:
+    def write(self, bare: bool = False, confine: bool = False) -> None:
         """Make the effective weight anew.
 
         Args:
             bare: From the trained weight alone, as if there were no stages.
+            confine: Keep the trained weight in the range that the stages make use of.
         """
         self.follow()
-        piece(self.effective).copy_(piece(self.weight) if bare else self.local())
+        effective, rows = self.effective, piece(self.weight)
+        stages = [on_rows(stage, effective) if isinstance(effective, DTensor) else stage for stage in self.stages]
+        piece(effective).copy_(forward(rows, () if bare else stages))
+        if confine and self.weight.requires_grad:
+            for stage in stages:
+                stage.confine(rows)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

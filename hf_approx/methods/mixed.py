@@ -39,8 +39,8 @@ class MixedBatch:
         return ([tensor[start : start + run] for tensor in tensors] for start in range(0, rows, run))
 
     @torch.no_grad()
-    def write(self, bare: bool = False) -> None:
-        """Make the effective weights anew; bare ones are mixed too."""
+    def write(self, bare: bool = False, confine: bool = False) -> None:
+        """As of `Latent`; bare weights are mixed too."""
         layers, templates = [latent.effective for latent in self.latents], self.latents[0].bank.weights
         with exact_products():
             for made, given in zip(self._pieces(layers), self._pieces(templates), strict=True):

@@ -108,7 +108,7 @@ class NoisyWeight(GridWeight):
         self.law: NoiseLaw = law
         self.seed, self.indices, self.step = seed, [0], 0
         self.frozen = False
-        self.kept = torch.empty(0)
+        self.kept: tuple[Tensor, Tensor] | None = None
 
     def bound(self) -> Tensor:
         """The largest weight that is not clipped, in the finest parts that limits and scale have together."""
@@ -128,7 +128,7 @@ class NoisyWeight(GridWeight):
         sigma, scale = torch.sigmoid(whole(self.limits.detach())), self.scale
         bound = spread(joint_product(2 - sigma, scale).to(weight.dtype), weight.shape)
         if self.keeps:
-            self.kept = bound
+            self.kept = (bound, sigma)
         value = weight.clamp(-bound, bound)
         if self.training:
             size = spread(joint_product(sigma, scale), weight.shape)
@@ -140,9 +140,21 @@ class NoisyWeight(GridWeight):
         """As of `Stage`."""
         if self.frozen:
             return super().pull(grad, weight, value)
-        bound = self.kept if self.keeps else spread(self.bound().to(weight.dtype), weight.shape)
+        bound, sigma = self._clip(weight)
         clipped = weight.clamp(-bound, bound)
         if self.limits.requires_grad:
             error = at_least_float(torch.sub(value, clipped).mul_(grad))
-            add_grad(self.limits, reduce(error, self.limits.shape) * torch.sigmoid(-whole(self.limits.detach())))
+            add_grad(self.limits, reduce(error, self.limits.shape) * (1 - sigma))
         return self.straight(grad, weight, value, clipped)
+
+    def confine(self, weight: Tensor) -> None:
+        """As of `Stage`: to the range that is not clipped."""
+        bound = spread(self.bound().to(weight.dtype), weight.shape) if self.frozen else self._clip(weight)[0]
+        weight.clamp_(-bound, bound)
+
+    def _clip(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest weights that are not clipped, and sigma(s)."""
+        if self.keeps and self.kept is not None:
+            return self.kept
+        sigma = torch.sigmoid(whole(self.limits.detach()))
+        return spread(joint_product(2 - sigma, self.scale).to(weight.dtype), weight.shape), sigma

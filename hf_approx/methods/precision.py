@@ -20,7 +20,7 @@ TOLERANCE = 0.02
 """How far the average of the assigned precisions may be from the budget, in bits."""
 SAMPLE = 1 << 14
 """Limits that place the average during training; the final assignment counts all of them."""
-TRIED, TURNS = 65, 3
+TRIED, TURNS = 129, 2
 """Shifts of the limits that are tried at once, and how often, each time between the best two of the last."""
 MANY = 1 << 16
 """Parts enough to meet any target."""
@@ -28,7 +28,6 @@ ALMOST_ONE = 5.0
 """The largest s: 1.01 bits, where its gradient has not vanished yet."""
 LEAST_EXTRA = math.log2(1 + math.exp(-ALMOST_ONE))
 """Its precision, above 1."""
-OFFSETS = torch.tensor([-1, 0])
 
 MEMORY = 0.9
 """Share of the past in the running means that give the multiplier of the penalty."""
@@ -75,13 +74,15 @@ def steer(
     smallest, largest = sample.aminmax()
     left, right = low - largest, high - smallest
     fractions = torch.linspace(0, 1, TRIED, dtype=sample.dtype, device=sample.device)
+    pair = torch.arange(-1, 1, device=sample.device)
+    negative, wanted = -sample, (target - 1) * math.log(2)
     for _ in range(TURNS):
-        shifts = left + (right - left) * fractions
-        # The average falls as the shift grows.
-        averages = precision((sample + shifts[:, None]).clamp_(low, high)) @ share
-        at = (averages > target).sum().clamp_(1, TRIED - 1)
-        (left, right), (above, below) = (values.take(at + OFFSETS.to(at.device)) for values in (shifts, averages))
-    shift = left + (right - left) * ((above - target) / (above - below)).nan_to_num_(0.0).clamp_(0, 1)
+        shifts = torch.lerp(left, right, fractions)
+        # ln 2 times the average precision above 1, which falls as the shift grows.
+        averages = nn.functional.softplus((negative - shifts[:, None]).clamp_(-high, -low)) @ share
+        at = (averages > wanted).sum().clamp_(1, TRIED - 1)
+        left, right, above, below = torch.cat([values.take(at + pair) for values in (shifts, averages)]).unbind()
+    shift = torch.lerp(left, right, ((above - wanted) / (above - below)).nan_to_num_(0.0).clamp_(0, 1))
     move = shift.nan_to_num(0.0, 0.0, 0.0)
     for s in limits:
         piece(s).add_(move).clamp_(low, high)

@@ -367,7 +367,7 @@ class Mixing(Latent):
         """Coefficients stay whole on every process."""
         self.weight.data = self.weight.data.to(effective.device)
 
-    def write(self, bare: bool = False) -> None:
+    def write(self, bare: bool = False, confine: bool = False) -> None:
         """Mix again; a bare layer is what it is mixed to."""
         super().write()
 

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_approx.finite import refuse_not_finite
 from hf_approx.logs import get_logger
@@ -33,8 +32,8 @@ from hf_approx.methods.rounding import (
 )
 from hf_approx.methods.smol_config import SmolConfig
 from hf_approx.modules.activation import install, uninstall
-from hf_approx.modules.sharded import on_rows, piece, whole, write
-from hf_approx.packing.grid import MAX_BITS, spread
+from hf_approx.modules.sharded import whole, write
+from hf_approx.packing.grid import MAX_BITS
 from hf_approx.targets import Target, matches
 
 logger = get_logger(__name__)
@@ -195,7 +194,7 @@ class Smol(GridMethod):
 
     @torch.no_grad()
     def on_step(self, progress: float) -> None:
-        """Draw new noise and steer the precisions, or fix them; clip the weights to the range of their precision."""
+        """Draw new noise and steer the precisions, or fix them."""
         self.reshard()
         if not self._settled:
             if self._step == 1:
@@ -207,12 +206,6 @@ class Smol(GridMethod):
                 self._steer(progress / self._until)
             self._step += 1
             self._tell()
-        for stage, weight, _ in self.parts:
-            if weight.requires_grad:
-                rows, noise = piece(weight), cast(NoisyWeight, stage)
-                here = on_rows(noise, weight) if isinstance(weight, DTensor) else noise
-                bound = spread(here.bound().to(rows.dtype), rows.shape)
-                rows.clamp_(-bound, bound)
 
     def group(self, name: str) -> int:
         """Which targets it shares a budget with."""

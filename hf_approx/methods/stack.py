@@ -127,13 +127,17 @@ class MethodStack:
         """
         for method in self.methods:
             method.on_step(progress)
-        self.write()
+        self.write(confine=True)
 
-    def write(self) -> None:
-        """Make the effective weights anew from what is trained."""
+    def write(self, confine: bool = False) -> None:
+        """Make the effective weights anew from what is trained.
+
+        Args:
+            confine: Keep what is trained in the range that methods make use of, as after every step.
+        """
         reshard(self.model)
         for batch in self.batches():
-            batch.write()
+            batch.write(confine=confine)
 
     def batches(self) -> list[Batch | MixedBatch | Latent]:
         """What is computed together; weights that are mixed from others come last."""
@@ -183,7 +187,7 @@ class MethodStack:
         """
         for method in self.methods:
             method.on_round_step(round_, rounds, progress)
-        self.write()
+        self.write(confine=True)
 
     def end_round(self, round_: int, rounds: int, legacy: bool = False) -> bool:
         """Make ready for the next round of a ticket search or, after the last, for `settle`.
