@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -16,16 +15,13 @@ from hf_approx.finite import Named, refuse_not_finite
 from hf_approx.logs import get_logger
 from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
 from hf_approx.methods.batch import Batch, batches_of
+from hf_approx.methods.bound import BoundOptimizer
 from hf_approx.methods.latent import Latent, every_latent
 from hf_approx.methods.mixed import MixedBatch, mixed_batches
 from hf_approx.methods.sharing import DDP_IGNORES, Mixing
-from hf_approx.modules.sharded import add_totals, is_sharded, reshard, write
-from hf_approx.optim import CompositeOptimizer
+from hf_approx.modules.sharded import add_totals, is_sharded, reshard, take_from_first, write
 
 logger = get_logger(__name__)
-
-TAKEN = "hf_approx_steps"
-"""What a bound optimizer's state has beside that of others."""
 
 
 class MethodStack:
@@ -110,7 +106,7 @@ class MethodStack:
             for module, name, param in swapped:
                 module._parameters[name] = param
 
-    def bind(self, optimizer: Optimizer, steps: int | None = None) -> "BoundOptimizer":
+    def bind(self, optimizer: Optimizer, steps: int | None = None) -> BoundOptimizer:
         """The optimizer of a loop that calls `step` and `zero_grad` and nothing of the stack.
 
         Args:
@@ -218,7 +214,7 @@ class MethodStack:
             ignored = getattr(self.model, DDP_IGNORES, ())
             left_alone = [param for name, param in self.model.named_parameters() if name in ignored]
             for tensor in [*self.tensors().values(), *left_alone]:
-                _take_from_first(tensor)
+                take_from_first(tensor)
         self.write()
 
     def before_step(self, scale: float = 1.0) -> None:
@@ -431,57 +427,6 @@ class MethodStack:
     def grids(self) -> dict[str, Any]:
         """The grids of quantized weights, once baked."""
         return {name: grid for method in self.methods for name, grid in method.grids.items()}
-
-
-class BoundOptimizer(CompositeOptimizer):
-    """An optimizer that keeps a stack in step: see `MethodStack.bind`."""
-
-    def __init__(self, stack: MethodStack, optimizer: Optimizer, steps: int | None) -> None:
-        groups = stack.param_groups()
-        super().__init__(optimizer, *([torch.optim.Adam(groups, fused=True)] if groups else []))
-        self.stack, self.steps, self.taken = stack, steps, 0
-        if steps is not None:
-            stack.advance(0.0)
-
-    def _progress(self) -> float | None:
-        if self.steps is None or self.taken >= self.steps:
-            return None
-        return self.taken / max(self.steps - 1, 1)
-
-    def step(self, closure: Any = None) -> Any:
-        """Gradients to what is trained, one step of every optimizer, effective weights anew."""
-        if closure is not None:
-            raise ValueError("An optimizer of MethodStack.bind takes no closure: call backward, then step().")
-        if not self.stack._pulled:
-            self.stack.before_step()
-        super().step()
-        self.taken += 1
-        self.stack.after_step(self._progress())
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer; also how many steps were taken."""
-        return {**super().state_dict(), TAKEN: self.taken}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; the schedules are where `MethodStack.load_state_dict` puts them."""
-        state_dict = state_dict.copy()
-        self.taken = state_dict.pop(TAKEN, 0)
-        super().load_state_dict(state_dict)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As of any optimizer; also forgets the gradients of effective weights."""
-        super().zero_grad(set_to_none)
-        self.stack.zero_grad()
-
-
-def _take_from_first(tensor: Tensor) -> None:
-    """Copy a tensor from the first process to all others; one that is split over them is nobody's alone."""
-    if isinstance(tensor, DTensor) or not tensor.numel():
-        return
-    values = tensor.detach().reshape(-1).contiguous()
-    # Not every backend sends every dtype, and all send bytes.
-    torch.distributed.broadcast(values.view(torch.uint8), 0)
-    tensor.copy_(values.view_as(tensor))
 
 
 def attach(model: nn.Module, configs: MethodConfig | Sequence[MethodConfig]) -> MethodStack:

@@ -266,3 +266,13 @@ def _start(tensor: DTensor) -> int:
     """The first row of this process's piece."""
     _shard_dim(tensor)
     return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1][0]
+
+
+def take_from_first(tensor: Tensor) -> None:
+    """Copy a tensor from the first process to all others; one that is split over them is nobody's alone."""
+    if isinstance(tensor, DTensor) or not tensor.numel():
+        return
+    values = tensor.detach().reshape(-1).contiguous()
+    # Not every backend sends every dtype, and all send bytes.
+    torch.distributed.broadcast(values.view(torch.uint8), 0)
+    tensor.copy_(values.view_as(tensor))
