@@ -9,18 +9,17 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_approx.checkpoint.zeros import release_zeros
 from hf_approx.finite import refuse_not_finite
 from hf_approx.methods.base import Method, MethodConfig
-from hf_approx.methods.latent import Latent, Partials, Stage, hold, latent_of
+from hf_approx.methods.latent import Stage, hold, latent_of
+from hf_approx.methods.mixing import Mixing
 from hf_approx.methods.similarity import Space, dissimilarity, mean_similarity, similarity_of
 from hf_approx.modules.bank import (
     SharedLayers,
@@ -34,7 +33,6 @@ from hf_approx.modules.bank import (
     sharing_of,
     template_names,
 )
-from hf_approx.modules.sharded import from_piece, piece
 from hf_approx.packing import is_bank_name
 from hf_approx.targets import Target, refuse_adapters, select_modules
 
@@ -323,79 +321,6 @@ class SoftSharing(Method):
                 latent.release(target.value)
                 share(target.module, latent.bank, latent.weight.detach(), latent.weight.requires_grad)
         return template_names(self.model)
-
-
-class Mixing(Latent):
-    """The coefficients of a layer, which are what is trained in the place of its weight.
-
-    Args:
-        target: The layer's weight.
-        bank: The templates it is mixed from.
-        coefficients: Shape (templates,).
-    """
-
-    mixes = True
-
-    @property
-    def latents(self) -> list["Mixing"]:
-        """Itself, as a batch of one."""
-        return [self]
-
-    def hand_out(self) -> None:
-        """It has its gradient."""
-
-    def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
-        self.bank, self._own = bank, coefficients
-        super().__init__(target)
-        stage = Stage()
-        stage.method = SoftSharing.name
-        self.add(stage)
-
-    def start(self) -> nn.Parameter:
-        """The coefficients."""
-        return self._own
-
-    def _take_zeros(self, effective: nn.Parameter) -> None:
-        """Templates that are mixed from sparse weights are free to become dense."""
-        release_zeros(effective)
-
-    def local(self, stage: Stage | None = None) -> Tensor:
-        """The mix."""
-        return self.bank.mix(self.weight)
-
-    def split(self, effective: DTensor) -> None:
-        """Coefficients stay whole on every process."""
-        self.weight.data = self.weight.data.to(effective.device)
-
-    def write(self, bare: bool = False, confine: bool = False) -> None:
-        """Mix again; a bare layer is what it is mixed to."""
-        super().write()
-
-    @torch.no_grad()
-    def pull(self) -> Partials:
-        """Gradients of the coefficients, and of the templates as the model has them."""
-        effective = self.effective
-        grad, effective.grad = effective.grad, None
-        if grad is None:
-            return []
-        self.follow()
-        own, rows = [], piece(grad)
-        for factor, template in zip(self.weight.detach(), self.bank, strict=True):
-            weight = template.get_parameter("weight")
-            there = rows.to(weight.device)
-            own.append((there * piece(weight)).sum().to(factor))
-            if weight.requires_grad and weight.grad is None:
-                made = there * factor
-                weight.grad = from_piece(made, weight) if isinstance(weight, DTensor) else made
-            elif weight.requires_grad:
-                piece(cast(Tensor, weight.grad)).addcmul_(there, factor)
-        if not self.weight.requires_grad:
-            return []
-        row = torch.stack(own)
-        if isinstance(effective, DTensor):
-            return [(self.weight, row, effective)]
-        self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
-        return []
 
 
 def best_approximation(weights: Sequence[Tensor], size: int) -> tuple[list[Tensor], Tensor]:

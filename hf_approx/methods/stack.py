@@ -17,8 +17,8 @@ from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
 from hf_approx.methods.batch import Batch, batches_of
 from hf_approx.methods.bound import BoundOptimizer
 from hf_approx.methods.latent import Latent, every_latent
-from hf_approx.methods.mixed import MixedBatch, mixed_batches
-from hf_approx.methods.sharing import DDP_IGNORES, Mixing
+from hf_approx.methods.mixing import MixedBatch, Mixing, mixed_batches
+from hf_approx.methods.sharing import DDP_IGNORES
 from hf_approx.modules.sharded import add_totals, is_sharded, reshard, take_from_first, write
 
 logger = get_logger(__name__)

@@ -1,4 +1,7 @@
-"""Layers that share a bank, mixed together by one product of matrices."""
+"""Weights that are mixed from the templates of a bank: what is trained for a layer is its coefficients.
+
+Layers of one bank are mixed together, by one product of matrices.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,10 +9,87 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from hf_approx.checkpoint.zeros import release_zeros
 from hf_approx.methods.batch import MOST, stacked
-from hf_approx.methods.latent import Partials, add_grad
-from hf_approx.methods.sharing import Mixing
+from hf_approx.methods.latent import Latent, Partials, Stage, add_grad
+from hf_approx.modules.bank import TemplateBank
+from hf_approx.modules.sharded import from_piece, piece
+from hf_approx.targets import Target
+
+
+class Mixing(Latent):
+    """The coefficients of a layer, which are what is trained in the place of its weight.
+
+    Args:
+        target: The layer's weight.
+        bank: The templates it is mixed from.
+        coefficients: Shape (templates,).
+    """
+
+    mixes = True
+
+    @property
+    def latents(self) -> list["Mixing"]:
+        """Itself, as a batch of one."""
+        return [self]
+
+    def hand_out(self) -> None:
+        """It has its gradient."""
+
+    def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
+        self.bank, self._own = bank, coefficients
+        super().__init__(target)
+        stage = Stage()
+        stage.method = "sharing"
+        self.add(stage)
+
+    def start(self) -> nn.Parameter:
+        """The coefficients."""
+        return self._own
+
+    def _take_zeros(self, effective: nn.Parameter) -> None:
+        """Templates that are mixed from sparse weights are free to become dense."""
+        release_zeros(effective)
+
+    def local(self, stage: Stage | None = None) -> Tensor:
+        """The mix."""
+        return self.bank.mix(self.weight)
+
+    def split(self, effective: DTensor) -> None:
+        """Coefficients stay whole on every process."""
+        self.weight.data = self.weight.data.to(effective.device)
+
+    def write(self, bare: bool = False, confine: bool = False) -> None:
+        """Mix again; a bare layer is what it is mixed to."""
+        super().write()
+
+    @torch.no_grad()
+    def pull(self) -> Partials:
+        """Gradients of the coefficients, and of the templates as the model has them."""
+        effective = self.effective
+        grad, effective.grad = effective.grad, None
+        if grad is None:
+            return []
+        self.follow()
+        own, rows = [], piece(grad)
+        for factor, template in zip(self.weight.detach(), self.bank, strict=True):
+            weight = template.get_parameter("weight")
+            there = rows.to(weight.device)
+            own.append((there * piece(weight)).sum().to(factor))
+            if weight.requires_grad and weight.grad is None:
+                made = there * factor
+                weight.grad = from_piece(made, weight) if isinstance(weight, DTensor) else made
+            elif weight.requires_grad:
+                piece(cast(Tensor, weight.grad)).addcmul_(there, factor)
+        if not self.weight.requires_grad:
+            return []
+        row = torch.stack(own)
+        if isinstance(effective, DTensor):
+            return [(self.weight, row, effective)]
+        self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
+        return []
 
 
 class MixedBatch:
