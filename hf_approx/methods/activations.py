@@ -33,6 +33,7 @@ class NoisyActivation(ActivationQuantizer):
     """
 
     key: Tensor
+    phase: Tensor
     largest: Tensor
     curvature: Tensor
     bypassed = False
@@ -58,6 +59,8 @@ class NoisyActivation(ActivationQuantizer):
         self.seed, self.indices, self.step = seed, [0], 0
         self.register_buffer("key", torch.zeros(1, dtype=torch.int32), persistent=False)
         self.observing, self.frozen = True, False
+        # The same for what is compiled: one graph does whatever these say, so that none is made in mid-training.
+        self.register_buffer("phase", torch.tensor([True, False]), persistent=False)
         self.to(device)
 
     @torch.no_grad()
@@ -67,30 +70,46 @@ class NoisyActivation(ActivationQuantizer):
             torch.distributed.all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
         write(self.log_limit, self.largest.clamp_min(1e-6).log())
         self.observing = False
+        self.phase[0].fill_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as the input."""
         if self.bypassed:
             return x
-        if self.observing:
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.training:
+            self._observe(x.detach())
+        elif self.observing and not compiling:
             if self.training:
                 self._observe(x.detach())
             # Zeros for gradients: distributed training waits for every parameter.
             return x + 0 * (self.log_limit.sum() + self.limits.sum()).to(x.dtype)
         limit = self.spread(self.log_limit.exp())
         unit = (x.float() / limit).clamp(-1 if self.signed else 0, 1)
+        if compiling:
+            observing, frozen = self.phase.unbind()
+            error = torch.where(frozen, self._rounding(unit), self._noise(unit))
+            return torch.where(observing, x, ((unit + error) * limit).to(x.dtype))
         if self.frozen:
-            with torch.no_grad():
-                error = quantized(unit, self.spread(self.bits), self.signed) - unit
-            return ((unit + error) * limit + 0 * self.limits.sum()).to(x.dtype)
-        sigma = self.spread(torch.sigmoid(self.limits))
-        size = sigma / (2 - sigma) * (1.0 if self.signed else 0.5)
-        noise = draw(x.shape, self.key, self.law) if self.training else 0.0
-        return ((unit + size * noise) * limit).to(x.dtype)
+            return ((unit + self._rounding(unit)) * limit + 0 * self.limits.sum()).to(x.dtype)
+        return ((unit + self._noise(unit)) * limit).to(x.dtype)
 
-    def tell(self, step: int) -> None:
-        """Say which step of training it is: each has noise of its own."""
+    @torch.no_grad()
+    def _rounding(self, unit: Tensor) -> Tensor:
+        return quantized(unit, self.spread(self.bits), self.signed) - unit
+
+    def _noise(self, unit: Tensor) -> Tensor:
+        if not self.training:
+            return torch.zeros_like(unit)
+        sigma = self.spread(torch.sigmoid(self.limits))
+        return sigma / (2 - sigma) * (1.0 if self.signed else 0.5) * draw(unit.shape, self.key, self.law)
+
+    def tell(self, step: int, observing: bool, frozen: bool) -> None:
+        """Say which step of training it is, as each has noise of its own, and what is done in it."""
         self.key.fill_(noise_key(self.seed, step, self.indices[0]))
+        self.observing, self.frozen = observing, frozen
+        for tensor, value in zip(self.phase, (observing, frozen), strict=True):
+            tensor.fill_(value)
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -100,7 +119,7 @@ class NoisyActivation(ActivationQuantizer):
         else:
             largest = size.amax().reshape(1)
         # A maximum does not change when checkpointing runs the forward pass again.
-        torch.maximum(self.largest, largest, out=self.largest)
+        torch.maximum(self.largest, torch.where(self.phase[0], largest, 0.0), out=self.largest)
 
     def inference(self) -> ActivationQuantizer:
         """What the trained model has in its place."""

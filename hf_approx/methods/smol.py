@@ -233,9 +233,7 @@ class Smol(GridMethod):
         for noise in [*self.noises, *stacked]:
             noise.step, noise.frozen = self._step, self._settled
         for quantizer in self.activations.values():
-            quantizer.tell(self._step)
-            quantizer.frozen = self._settled
-            quantizer.observing = self._step <= 1
+            quantizer.tell(self._step, observing=self._step <= 1, frozen=self._settled)
 
     def _steer(self, fraction: float) -> None:
         if fraction >= MEASURED and not self._spread:
