@@ -147,9 +147,10 @@ class NoisyWeight(GridWeight):
             add_grad(self.limits, reduce(error, self.limits.shape) * (1 - sigma))
         return self.straight(grad, weight, value, clipped)
 
-    def confine(self, weight: Tensor) -> None:
+    def confine(self, weight: Tensor, known: bool = False) -> None:
         """As of `Stage`: to the range that is not clipped."""
-        bound = spread(self.bound().to(weight.dtype), weight.shape) if self.frozen else self._clip(weight)[0]
+        at_hand = known and not self.frozen
+        bound = self._clip(weight)[0] if at_hand else spread(self.bound().to(weight.dtype), weight.shape)
         weight.clamp_(-bound, bound)
 
     def _clip(self, weight: Tensor) -> tuple[Tensor, Tensor]:
