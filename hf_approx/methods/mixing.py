@@ -57,6 +57,17 @@ class Mixing(Latent):
         """The mix."""
         return self.bank.mix(self.weight)
 
+    @property
+    def moved(self) -> bool:
+        """Whether the model went to another device, or its templates to another dtype."""
+        return super().moved or self.weight.dtype != self.effective.dtype
+
+    def follow(self) -> None:
+        """Also have the dtype of the templates, where those are whole."""
+        super().follow()
+        if not self.is_sharded:
+            self.weight.data = self.weight.data.to(self.effective.dtype)
+
     def split(self, effective: DTensor) -> None:
         """Coefficients stay whole on every process."""
         self.weight.data = self.weight.data.to(effective.device)

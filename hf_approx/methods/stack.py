@@ -69,7 +69,9 @@ class MethodStack:
         """Go where the model went: to another device, or apart over processes that `fully_shard` it."""
         reshard(self.model)
         for latent in self.latents:
-            latent.follow()
+            if latent.is_sharded:
+                latent.follow()
+        # The others go together with what is stacked of them.
         self.batches()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
