@@ -412,3 +412,14 @@ def test_plot_similarity(tmp_path):
     assert (tmp_path / "similarity.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no similarity matrix"):
         plot_similarity({}, tmp_path / "none.png")
+
+
+def test_a_sequential_that_would_run_templates_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="a Sequential runs all it holds"):
+        stacked(model, SharingConfig(groups={"a": ["0", "1"]}, templates=1))
+    assert list(weights(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert model(torch.ones(4)).shape == (4,)
+    inside = nn.ModuleDict({"layers": model})
+    stacked(inside, SharingConfig(groups={"a": ["layers.0", "layers.1"]}, templates=1))[0].bake()
+    assert model(torch.ones(4)).shape == (4,)

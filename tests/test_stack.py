@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from helpers import assert_same_weights, stacked, trained, weights
-from hf_approx import SmolConfig, SparsificationConfig, attach
+from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach
 from hf_approx.methods.latent import every_latent, value_of
 from models import batch, build
 from stacks import CS, LARGE, MAGNITUDE, SMALL, SMOL, STEPS, UNIFORM, bind, each, loop, small, small_loss
@@ -47,6 +48,11 @@ def test_the_three_lines_of_a_loop_are_what_is_driven_by_hand(make, configs, los
         assert stack.finalize() == by_hand.finalize()
     assert_same_weights(weights(stack.model), weights(by_hand.model))
     assert not list(every_latent(stack.model))
+
+
+def without_banks(model):
+    """The weights but templates, which a copy of a model at work has no use for."""
+    return {name: weight for name, weight in weights(model).items() if "hf_approx_banks" not in name}
 
 
 def same_mix(made, expected):
@@ -90,7 +96,7 @@ def test_a_copy_of_a_model_at_work_is_an_ordinary_model(make, configs, loss):
     model = stack.model
     copied = copy.deepcopy(model)
     assert not list(every_latent(copied))
-    assert_same_weights(weights(copied), weights(model))
+    assert_same_weights(weights(copied), without_banks(model))
     x = torch.randn(4, 8)
     assert torch.equal(copied(x), model(x))
     before = weights(model)
@@ -101,14 +107,35 @@ def test_a_copy_of_a_model_at_work_is_an_ordinary_model(make, configs, loss):
     assert all(param.grad is None for param in model.parameters())
 
 
-def test_a_copy_of_a_model_at_work_can_be_saved(tmp_path):
-    stack, _ = stacked(build("bert"), SparsificationConfig(target_sparsity=0.5))
+@pytest.mark.parametrize("config", [SparsificationConfig(target_sparsity=0.5), SharingConfig(templates=2)])
+def test_a_copy_of_a_model_at_work_can_be_saved(config, tmp_path):
+    stack, _ = stacked(build("bert"), config)
     stack.advance(0.5)
-    copied = copy.deepcopy(stack.model)
     with pytest.raises(ValueError, match="is still at work"):
         stack.model.save_pretrained(tmp_path)
-    copied.save_pretrained(tmp_path)
-    assert_same_weights(weights(type(copied).from_pretrained(tmp_path)), weights(stack.model))
+    for copied in (copy.deepcopy(stack.model), pickle.loads(pickle.dumps(stack.model))):
+        copied.save_pretrained(tmp_path)
+        assert_same_weights(weights(type(copied).from_pretrained(tmp_path)), without_banks(stack.model))
+    assert (sum("hf_approx_banks" in name for name in weights(stack.model)) > 0) == isinstance(config, SharingConfig)
+    shared = copy.deepcopy(stack)
+    shared.finalize()
+    stack.finalize()
+    assert_same_weights(weights(copy.deepcopy(stack.model)), weights(stack.model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@each(SMALL, LARGE)
+def test_a_model_may_get_another_dtype_before_it_is_trained(make, configs, loss, dtype):
+    stack = attach(make(), configs)
+    model = stack.model.to(dtype)
+    before = weights(model)
+    loop(stack, loss, bind(stack))
+    stack.bake()
+    after = model.state_dict()
+    kept = [name for name in before if name in after and "quantizer" not in name]
+    assert all(after[name].dtype == before[name].dtype and after[name].isfinite().all() for name in kept)
+    assert any(not torch.equal(after[name], before[name]) for name in kept)
+    assert loss(model, 0).dtype == dtype
 
 
 @each(SMALL, LARGE)

@@ -27,6 +27,7 @@ from hf_approx.modules.bank import (
     bank_prefix,
     banks_of,
     coefficients_of,
+    owner_of_banks,
     set_banks,
     share,
     shared_layers,
@@ -163,6 +164,7 @@ class SoftSharing(Method):
             templates, coefficients = self._start(list(modules.values()), sizes[name])
             trained = any(weight.requires_grad for weight in weights)
             new[name] = TemplateBank(templates, trained)
+            new[name].at_work = True
             for layer, weight, row in zip(modules, weights, coefficients, strict=True):
                 # Kept until training starts: `detach` can then undo the approximation.
                 self._dense[layer] = weight.detach().clone()
@@ -180,6 +182,11 @@ class SoftSharing(Method):
     def _plan(self, model: nn.Module) -> tuple[dict[str, dict[str, nn.Module]], dict[str, int]]:
         """The modules and the number of templates of every bank; raises `ValueError` for what cannot be shared."""
         config = self._config
+        if isinstance(owner_of_banks(model), nn.Sequential):
+            raise ValueError(
+                "SharingConfig: a Sequential runs all it holds, and would run the templates too; put it into a module "
+                "whose forward calls it."
+            )
         if config.groups is None:
             selected = {name: target.module for name, target in self.select(model).items()}
             _refuse_taken(selected)
@@ -318,6 +325,7 @@ class SoftSharing(Method):
         for target in self.targets.values():
             latent = latent_of(target)
             if isinstance(latent, Mixing):
+                latent.bank.at_work = False
                 latent.release(target.value)
                 share(target.module, latent.bank, latent.weight.detach(), latent.weight.requires_grad)
         return template_names(self.model)

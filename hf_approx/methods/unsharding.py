@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from hf_approx.methods.latent import hold
 from hf_approx.methods.stack import MethodStack
+from hf_approx.modules.bank import banks_of, set_banks
 from hf_approx.modules.sharded import is_sharded, whole
 
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -54,12 +55,13 @@ class Unsharded:
         memo: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers(), *stack.tensors().values()):
             memo[id(tensor)] = _hollow(tensor)
-        # A copy of a module leaves behind what is trained in the place of its parameters: the copy of the stack is
-        # given that.
-        self.stack, latents = copy.deepcopy((stack, stack.latents), memo)
+        # A copy of a model leaves behind what is trained in the place of its parameters, and templates: the copy of
+        # the stack is given that.
+        self.stack, latents, banks = copy.deepcopy((stack, stack.latents, banks_of(model)), memo)
         for latent in latents:
             hold(latent)
         self.model = self.stack.model
+        set_banks(self.model, banks)
         for module in self.model.modules():
             if parametrize.is_parametrized(module):
                 # Baking takes the weight away from the class, which the copy of a module shares with it.

@@ -37,7 +37,12 @@ class TemplateBank(nn.ModuleList):
     Args:
         templates: Their weights, at least one.
         requires_grad: Whether they are trained.
+
+    Attributes:
+        at_work: Whether a method mixes weights from it between steps of training; no layer refers to it then.
     """
+
+    at_work = False
 
     def __init__(self, templates: Iterable[Tensor], requires_grad: bool = True) -> None:
         super().__init__(Template(weight, requires_grad) for weight in templates)
@@ -77,6 +82,14 @@ class TemplateBank(nn.ModuleList):
         for factor, weight in zip(factors[1:], weights[1:], strict=True):
             mixed = torch.addcmul(mixed, factor, weight.to(device))
         return mixed
+
+
+class Banks(nn.ModuleDict):
+    """The banks of a model, by name. A copy of a model at work is an ordinary model, without those at work."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: bank for name, bank in self._modules.items() if not cast(TemplateBank, bank).at_work}
+        return {**vars(self), "_modules": kept}
 
 
 class SharedWeight(nn.Module):
@@ -223,7 +236,7 @@ def set_banks(model: nn.Module, banks: dict[str, TemplateBank]) -> None:
     if hasattr(owner, BANKS):
         delattr(owner, BANKS)
     if banks:
-        owner.add_module(BANKS, nn.ModuleDict(banks))
+        owner.add_module(BANKS, Banks(banks))
 
 
 def bank_prefix(model: nn.Module) -> str:
