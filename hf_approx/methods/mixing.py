@@ -72,9 +72,11 @@ class Mixing(Latent):
         """Coefficients stay whole on every process."""
         self.weight.data = self.weight.data.to(effective.device)
 
+    @torch.no_grad()
     def write(self, bare: bool = False, confine: bool = False) -> None:
         """Mix again; a bare layer is what it is mixed to."""
-        super().write()
+        self.follow()
+        piece(self.effective).copy_(self.local())
 
     @torch.no_grad()
     def pull(self) -> Partials:
