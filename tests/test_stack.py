@@ -123,6 +123,14 @@ def test_a_copy_of_a_model_at_work_can_be_saved(config, tmp_path):
     assert_same_weights(weights(copy.deepcopy(stack.model)), weights(stack.model))
 
 
+@pytest.mark.parametrize("configs", [[CS], [SMOL]], ids=["cs", "smol"])
+def test_targets_that_become_one_parameter_are_refused(configs):
+    stack = attach(small(), configs)
+    stack.model[2].weight = stack.model[0].weight
+    with pytest.raises(ValueError, match="were tied after methods were attached"):
+        bind(stack)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @each(SMALL, LARGE)
 def test_a_model_may_get_another_dtype_before_it_is_trained(make, configs, loss, dtype):

@@ -66,9 +66,20 @@ class MethodStack:
         return sorted(every_latent(self.model), key=lambda latent: latent.mixes)
 
     def follow(self) -> None:
-        """Go where the model went: to another device, or apart over processes that `fully_shard` it."""
+        """Go where the model went: to another device, or apart over processes that `fully_shard` it.
+
+        Raises:
+            ValueError: Two targets have become one parameter.
+        """
         reshard(self.model)
+        found: dict[int, str] = {}
         for latent in self.latents:
+            name = found.setdefault(id(latent.effective), latent.target.name)
+            if name != latent.target.name:
+                raise ValueError(
+                    f"'{name}' and '{latent.target.name}' were tied after methods were attached; tie them before, and "
+                    "add them to exclude."
+                )
             if latent.is_sharded:
                 latent.follow()
         # The others go together with what is stacked of them.
