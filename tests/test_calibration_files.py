@@ -203,7 +203,7 @@ def test_useless_files_are_refused_and_nothing_is_written(bert, vit, texts, imag
     (tmp_path / "one.txt").write_text("w1\n")
     refused("samples must be at least 2", bert, texts, "--samples", "1")
     refused("at least two", bert, tmp_path / "one.txt")
-    refused("target_bits must be between 1 and 8", bert, texts, "--bits", "9")
+    refused("no weight may have more than --max-bits 8", bert, texts, "--bits", "9")
     assert run("compress", bert, tmp_path / "out", "--calibration", texts) == 1
     assert "give --bits too" in capsys.readouterr().err
 

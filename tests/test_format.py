@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers import edit_packing
-from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, attach_packing
+from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, attach, attach_packing
 from hf_approx.checkpoint.checksums import config_checksum
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules import ActivationQuantizer, install
@@ -53,7 +53,7 @@ def small(kind):
                 bits = torch.randint(0, 5, (rows, columns // 4 if i % 2 else 1), dtype=torch.uint8)
                 grids[names[i]] = Grid(bits, torch.rand(rows, 1) * 0.02 + 0.01)
     if kind == "shared":
-        SharingConfig(templates=1).build().attach(model)
+        attach(model, SharingConfig(templates=1)).bake()
     attach_packing(model, () if kind == "shared" else names, grids=grids)
     return model
 

@@ -498,7 +498,7 @@ def test_an_optimizer_of_two_modes_trains_and_is_finalized_in_the_one_to_evaluat
     trainer.optimizer_cls_and_kwargs = (TwoFaced, {"lr": 0.0})
     trainer.train()
     after = weights(trainer.model)
-    untouched = [name for name in before if name in after]
+    untouched = [name for name in before if name.removesuffix(".weight") not in trainer.methods[0].targets]
     assert len(untouched) > 10
     # Without a rate nothing but the exchange, and storing them in half precision, moves them.
     for name in untouched:
