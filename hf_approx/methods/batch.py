@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_approx.methods.latent import Latent, Partials, Stage, add_grad, made, pull
+from hf_approx.methods.latent import Latent, Partials, Stage, add_grad, forward, pull
 
 MOST = 1 << 26
 """Weights in a batch: what one holds for a moment beside the model is as large."""
@@ -39,8 +39,11 @@ class Batch:
     def write(self, bare: bool = False, confine: bool = False) -> None:
         """As of `Latent`."""
         self._tell()
-        value = made(self.weight, () if bare else self.stages, confine and self.latents[0].weight.requires_grad)
-        torch._foreach_copy_([latent.effective for latent in self.latents], value.unbind())
+        if confine and self.latents[0].weight.requires_grad:
+            for stage in self.stages:
+                stage.confine(self.weight)
+        made = forward(self.weight, () if bare else self.stages)
+        torch._foreach_copy_([latent.effective for latent in self.latents], made.unbind())
 
     @torch.no_grad()
     def pull(self) -> Partials:

@@ -52,13 +52,8 @@ class Stage(nn.Module):
         """What else stages must have in common to be stacked: all their tensors' shapes and plain numbers are."""
         return None
 
-    def confine(self, weight: Tensor, known: bool = False) -> None:
-        """Keep a trained weight, in place, where the stage can make use of it.
-
-        Args:
-            weight: What is trained, before all stages.
-            known: Whether `forward` was called since anything changed.
-        """
+    def confine(self, weight: Tensor) -> None:
+        """Keep a trained weight, in place, where the stage can make use of it; `forward` comes next."""
 
     def pull(self, grad: Tensor, weight: Tensor, value: Tensor) -> Tensor:
         """The gradient of the weight; adds those of the stage's own parameters to what they have.
@@ -93,18 +88,6 @@ def forward(weight: Tensor, stages: Sequence[Stage]) -> Tensor:
     for stage in stages:
         weight = stage(weight)
     return weight
-
-
-def made(weight: Tensor, stages: Sequence[Stage], confine: bool) -> Tensor:
-    """The effective weight of a trained one, which is confined in place if that is asked for."""
-    if confine and len(stages) > 1:
-        for stage in stages:
-            stage.confine(weight)
-    value = forward(weight, stages)
-    if confine and len(stages) == 1:
-        # The value is the same, and the stage has its bounds at hand now.
-        stages[0].confine(weight, known=True)
-    return value
 
 
 def pull(grad: Tensor, weight: Tensor, value: Tensor, stages: Sequence[Stage]) -> Tensor:
@@ -222,8 +205,10 @@ class Latent:
         """
         self.follow()
         effective, rows = self.effective, piece(self.weight)
-        stages = [on_rows(stage, effective) if isinstance(effective, DTensor) else stage for stage in self.stages]
-        piece(effective).copy_(made(rows, () if bare else stages, confine and self.weight.requires_grad))
+        if confine and self.weight.requires_grad:
+            for stage in self.stages:
+                (on_rows(stage, effective) if isinstance(effective, DTensor) else stage).confine(rows)
+        piece(effective).copy_(rows if bare else self.local())
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

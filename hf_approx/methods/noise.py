@@ -108,7 +108,8 @@ class NoisyWeight(GridWeight):
         self.law: NoiseLaw = law
         self.seed, self.indices, self.step = seed, [0], 0
         self.frozen = False
-        self.kept: tuple[Tensor, Tensor] | None = None
+        self.kept: tuple[Tensor, Tensor, Tensor] | None = None
+        self.fresh = False
 
     def bound(self) -> Tensor:
         """The largest weight that is not clipped, in the finest parts that limits and scale have together."""
@@ -125,10 +126,9 @@ class NoisyWeight(GridWeight):
         """Same shape and dtype as the weight."""
         if self.frozen:
             return self.rounded(weight)
-        sigma, scale = torch.sigmoid(whole(self.limits.detach())), self.scale
-        bound = spread(joint_product(2 - sigma, scale).to(weight.dtype), weight.shape)
+        bound, sigma, scale = clip = self.kept if self.fresh and self.kept is not None else self._clip(weight)
         if self.keeps:
-            self.kept = (bound, sigma)
+            self.kept, self.fresh = clip, False
         value = weight.clamp(-bound, bound)
         if self.training:
             size = spread(joint_product(sigma, scale), weight.shape)
@@ -140,22 +140,24 @@ class NoisyWeight(GridWeight):
         """As of `Stage`."""
         if self.frozen:
             return super().pull(grad, weight, value)
-        bound, sigma = self._clip(weight)
+        bound, sigma, _ = self.kept if self.keeps and self.kept is not None else self._clip(weight)
         clipped = weight.clamp(-bound, bound)
         if self.limits.requires_grad:
             error = at_least_float(torch.sub(value, clipped).mul_(grad))
             add_grad(self.limits, reduce(error, self.limits.shape) * (1 - sigma))
         return self.straight(grad, weight, value, clipped)
 
-    def confine(self, weight: Tensor, known: bool = False) -> None:
+    def confine(self, weight: Tensor) -> None:
         """As of `Stage`: to the range that is not clipped."""
-        at_hand = known and not self.frozen
-        bound = self._clip(weight)[0] if at_hand else spread(self.bound().to(weight.dtype), weight.shape)
+        if self.frozen:
+            bound = spread(self.bound().to(weight.dtype), weight.shape)
+        else:
+            bound, *_ = clip = self._clip(weight)
+            if self.keeps:
+                self.kept, self.fresh = clip, True
         weight.clamp_(-bound, bound)
 
-    def _clip(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest weights that are not clipped, and sigma(s)."""
-        if self.keeps and self.kept is not None:
-            return self.kept
-        sigma = torch.sigmoid(whole(self.limits.detach()))
-        return spread(joint_product(2 - sigma, self.scale).to(weight.dtype), weight.shape), sigma
+    def _clip(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The largest weights that are not clipped, sigma(s), and the scale."""
+        sigma, scale = torch.sigmoid(whole(self.limits.detach())), self.scale
+        return spread(joint_product(2 - sigma, scale).to(weight.dtype), weight.shape), sigma, scale
