@@ -44,14 +44,13 @@ class _Schedule(TrainerCallback):
     """Moves the schedules of a stack from step to step, and finalizes it after the last.
 
     Args:
-        stack: That of the trainer; None once it is finalized.
+        stack: That of the trainer; None without methods, and once it is finalized.
         finish: Finalizes, and logs what came of it. Called before any tracker closes its run.
         check: Says when training diverged, if it did.
     """
 
-    def __init__(self, stack: MethodStack, finish: Callable[[], None], check: Callable[[], None]) -> None:
-        self.stack: MethodStack | None = stack
-        self.finish, self.check = finish, check
+    def __init__(self, stack: MethodStack | None, finish: Callable[[], None], check: Callable[[], None]) -> None:
+        self.stack, self.finish, self.check = stack, finish, check
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,7 +158,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             self._prepare_sharding()
         self._recorder = Recorder(self.stack)
         self._suspect = Suspect()
-        self._schedule = _Schedule(self.stack, self._end_training, self.refuse_diverged)
+        self._schedule = _Schedule(self.stack if configs else None, self._end_training, self.refuse_diverged)
         trainer.callback_handler.callbacks[:0] = [_Watch(self), self._schedule]
 
     def _refuse_unsupported(self) -> None:
@@ -295,7 +294,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         """
         loss = super().training_step(*args, **kwargs)
         accelerator = cast(Trainer, self).accelerator
-        if accelerator.sync_gradients and not self._finalized:
+        if accelerator.sync_gradients and self.methods and not self._finalized:
             scaler = accelerator.scaler
             self.stack.before_step(1.0 if scaler is None else scaler.get_scale())
         return loss

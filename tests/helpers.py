@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainingArguments
 from fresh import ALL, Forks, job
 from hf_approx import ApproxTrainer, attach
 from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
-from hf_approx.methods.latent import every_latent, latent_of
-from hf_approx.targets import Target
+from hf_approx.methods.latent import latent_of
+from hf_approx.targets import LATENTS, Target
 from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
@@ -57,6 +57,11 @@ def trained_weight(module):
     """What is trained in the place of a module's weight, or the weight itself."""
     latent = latent_of(Target("", module))
     return module.weight if latent is None else latent.weight
+
+
+def every_latent(model):
+    """What is trained in the place of a model's parameters."""
+    return [latent for module in model.modules() for latent in (vars(module).get(LATENTS) or {}).values()]
 
 
 def weights(model):

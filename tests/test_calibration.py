@@ -12,12 +12,11 @@ from accelerate.utils import DistributedType
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
-from helpers import assert_same_weights, make_trainer, weights
+from helpers import assert_same_weights, every_latent, make_trainer, weights
 from hf_approx import SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.loops import calibrate, round_weights
 from hf_approx.loops.distillation import Divergence
 from hf_approx.methods import MethodStack, smol
-from hf_approx.methods.latent import every_latent
 from hf_approx.packing.grid import expand, round_to_grid
 from models import VOCAB, batch, build, dataset, uneven
 
@@ -101,7 +100,7 @@ def test_the_better_model_is_taken_and_measured_by_its_divergence_from_the_dense
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), nearest.parameters(), strict=True)) == (
         taken == "rounded"
     )
-    assert not list(every_latent(model))
+    assert not every_latent(model)
     measured = result.calibrated if taken == "calibrated" else result.rounded
     inputs = {"input_ids": torch.cat([each["input_ids"] for each in held_out])}
     with torch.no_grad():

@@ -8,9 +8,16 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from helpers import assert_resumes_after_crash, assert_same_weights, make_trainer, stacked, trained_weight, weights
+from helpers import (
+    assert_resumes_after_crash,
+    assert_same_weights,
+    every_latent,
+    make_trainer,
+    stacked,
+    trained_weight,
+    weights,
+)
 from hf_approx import SmolConfig
-from hf_approx.methods.latent import every_latent
 from hf_approx.methods.noise import draw, noise_keys
 from hf_approx.methods.precision import precision
 from hf_approx.packing.grid import expand, round_to_grid
@@ -188,7 +195,7 @@ def test_a_target_that_whole_parts_cannot_meet_is_refused_and_changes_nothing():
     before = weights(model)
     with pytest.raises(ValueError, match=r"2 parts .* cannot average 2.25 bits"):
         stacked(model, SmolConfig(target_modules=["0", "1"], target_bits=2.25, granularity="tensor"))
-    assert not list(every_latent(model))
+    assert not every_latent(model)
     assert_same_weights(weights(model), before)
 
 

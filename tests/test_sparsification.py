@@ -8,10 +8,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers import stacked
+from helpers import every_latent, stacked
 from hf_approx.methods import MagnitudePruningConfig, SparsificationConfig
 from hf_approx.methods.budget import cubic_ramp, global_top_k
-from hf_approx.methods.latent import every_latent
 from hf_approx.methods.sparsification import SigmoidMask
 from models import ARCHITECTURES, build
 
@@ -201,7 +200,7 @@ def test_target_is_met_exactly_and_pruned_weights_stay_zero(config, target):
     total = sum(params[n].numel() for n in names)
     assert sum(int((params[n] == 0).sum()) for n in names) == pytest.approx(target * total, abs=0.5)
     assert all(not torch.signbit(params[n][params[n] == 0]).any() for n in names)
-    assert not list(every_latent(model))
+    assert not every_latent(model)
 
 
 def test_sparsity_follows_the_ramp_during_the_soft_phase():

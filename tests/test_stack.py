@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from helpers import assert_same_weights, stacked, trained, weights
+from helpers import assert_same_weights, every_latent, stacked, trained, weights
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach
-from hf_approx.methods.latent import every_latent, value_of
+from hf_approx.methods.latent import value_of
 from models import batch, build
 from stacks import CS, LARGE, MAGNITUDE, SMALL, SMOL, STEPS, UNIFORM, bind, each, loop, small, small_loss
 
@@ -47,7 +47,7 @@ def test_the_three_lines_of_a_loop_are_what_is_driven_by_hand(make, configs, los
     with torch.no_grad():
         assert stack.finalize() == by_hand.finalize()
     assert_same_weights(weights(stack.model), weights(by_hand.model))
-    assert not list(every_latent(stack.model))
+    assert not every_latent(stack.model)
 
 
 def without_banks(model):
@@ -95,7 +95,7 @@ def test_a_copy_of_a_model_at_work_is_an_ordinary_model(make, configs, loss):
     loop(stack, loss, bind(stack), range(3))
     model = stack.model
     copied = copy.deepcopy(model)
-    assert not list(every_latent(copied))
+    assert not every_latent(copied)
     assert_same_weights(weights(copied), without_banks(model))
     x = torch.randn(4, 8)
     assert torch.equal(copied(x), model(x))

@@ -308,12 +308,6 @@ def latent_of(target: Target) -> Latent | None:
     return held.get(target.parameter)
 
 
-def every_latent(model: nn.Module) -> Iterator[Latent]:
-    """What is trained in the place of a model's parameters, in the model's order."""
-    for module in model.modules():
-        yield from (vars(module).get(LATENTS) or {}).values()
-
-
 def latent_for(target: Target) -> Latent:
     """The same; a new one if there is none."""
     return latent_of(target) or hold(Latent(target))

@@ -16,7 +16,7 @@ from hf_approx.logs import get_logger
 from hf_approx.methods.base import Method, MethodConfig, Part, method_configs
 from hf_approx.methods.batch import Batch, batches_of
 from hf_approx.methods.bound import BoundOptimizer
-from hf_approx.methods.latent import Latent, every_latent
+from hf_approx.methods.latent import Latent
 from hf_approx.methods.mixing import MixedBatch, Mixing, mixed_batches
 from hf_approx.methods.sharing import DDP_IGNORES
 from hf_approx.modules.sharded import add_totals, is_sharded, reshard, take_from_first, write
@@ -63,7 +63,8 @@ class MethodStack:
     @property
     def latents(self) -> list[Latent]:
         """What is trained in the place of the model's weights; those that are mixed from others come last."""
-        return sorted(every_latent(self.model), key=lambda latent: latent.mixes)
+        found = {id(latent): latent for method in self.methods for latent in method.latents}
+        return sorted(found.values(), key=lambda latent: latent.mixes)
 
     def follow(self) -> None:
         """Go where the model went: to another device, or apart over processes that `fully_shard` it.
