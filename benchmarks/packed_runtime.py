@@ -17,7 +17,7 @@ from transformers import AutoModel
 from hf_approx import ApproxConfig, attach_packing
 from hf_approx.modules import SparseLinear
 from hf_approx.packing import pack
-from hf_approx.targets import select_modules
+from hf_approx.targets import select_targets
 
 
 def ratios(slow: Callable[..., object], fast: Callable[..., object], x: Tensor, rounds: int) -> list[float]:
@@ -60,7 +60,7 @@ def model(rounds: int) -> None:
     print("| --- | --- | --- |")
     for sparsity in (0.9, 0.95):
         pruned = AutoModel.from_pretrained(folder)
-        names = [f"{name}.weight" for name in select_modules(pruned)]
+        names = [target.name for target in select_targets(pruned).values()]
         with torch.no_grad():
             for name in names:
                 weight = pruned.get_parameter(name)

@@ -54,7 +54,7 @@ def find_blocks(model: nn.Module, target_modules: Patterns = None, exclude: Patt
 
     Args:
         model: A transformers model of one of the types in `LISTS`.
-        target_modules: Keep the lists whose name matches, in the notation of `select_modules`.
+        target_modules: Keep the lists whose name matches, in the notation of `select_targets`.
         exclude: Leave out those whose name matches.
 
     Raises:

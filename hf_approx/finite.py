@@ -1,6 +1,7 @@
 """Weights that are no numbers, which is what a diverged training leaves: nothing is made of them, nothing is saved."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -96,7 +97,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _own(name: str) -> str:
     """The name a weight has for those who know nothing of wrappers, or of how a layer shares its weight."""
-    return name.replace(".parametrizations.weight.original", ".weight").replace("_orig_mod.", "")
+    return re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", name).replace("_orig_mod.", "")
 
 
 NEVER = torch.iinfo(torch.int64).max

@@ -230,7 +230,7 @@ def _check(name: str, entry: SharedLayers, plan: _Plan) -> float:
         RuntimeError: A folded weight is not the substituted one.
     """
     bank, error = entry.bank, 0.0
-    coefficients = [coefficients_of(module) for module in entry.layers.values()]
+    coefficients = [coefficients_of(t.module, t.parameter) for t in entry.targets.values()]
     for members, direction in zip(plan.clusters, plan.directions, strict=True):
         weight = bank.mix(direction.to(coefficients[0]))
         for i in members:
@@ -246,17 +246,19 @@ def _check(name: str, entry: SharedLayers, plan: _Plan) -> float:
 
 def _apply(model: nn.Module, name: str, entry: SharedLayers, plan: _Plan) -> None:
     """Replace the bank by one bank a cluster."""
-    bank, modules = entry.bank, list(entry.layers.values())
+    bank, targets = entry.bank, list(entry.targets.values())
     banks = banks_of(model)
     smaller = len(plan.clusters) <= len(bank)
     for c, (members, direction) in enumerate(zip(plan.clusters, plan.directions, strict=True)):
-        alphas = [coefficients_of(modules[i]) for i in members]
+        alphas = [coefficients_of(targets[i].module, targets[i].parameter) for i in members]
         trained = bank.weights[0].requires_grad
         own = TemplateBank([bank.mix(direction.to(alphas[0]))], trained)
+        own.lie_as(targets[0].axes)
         if not smaller:
             share(own[0], bank, direction.to(alphas[0]), trained)
         for i, alpha in zip(members, alphas, strict=True):
-            share(modules[i], own, plan.scalars[i].reshape(1).to(alpha), alpha.requires_grad)
+            scalar = plan.scalars[i].reshape(1).to(alpha)
+            share(targets[i].module, own, scalar, alpha.requires_grad, targets[i].parameter)
         banks[f"{name}-{_letter(c)}"] = own
     if smaller:
         del banks[name]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_approx.axes import feature_dim
 from hf_approx.packing import is_name, shown
 from hf_approx.targets import Patterns, matches, own_name
 
@@ -113,7 +114,7 @@ def find_structures(
     Args:
         model: A transformers model of one of the `ARCHITECTURES`.
         kind: `"head"` or `"neuron"`.
-        target_modules: Keep those whose name matches, in the notation of `select_modules`; the name is that
+        target_modules: Keep those whose name matches, in the notation of `select_targets`; the name is that
             of the attention module or of the module that holds the feed-forward layers.
         exclude: Leave out those whose name matches.
 
@@ -155,14 +156,6 @@ def _layers(module: nn.Module, names: Sequence[str]) -> list[nn.Module] | None:
 
 def _features(layer: nn.Module, axis: str) -> int:
     return cast(Tensor, layer.weight).shape[feature_dim(layer, axis)]
-
-
-def feature_dim(layer: nn.Module, axis: str) -> int:
-    """The dimension of a layer's weight that its output or input features lie along.
-
-    A lookup table's rows count as outputs.
-    """
-    return int((axis == "in") != isinstance(layer, (Conv1D, nn.modules.conv._ConvTransposeNd)))
 
 
 def _attention(name: str, module: nn.Module) -> Structure | None:

@@ -26,7 +26,7 @@ from hf_approx.logs import get_logger
 from hf_approx.methods import Method, MethodConfig
 from hf_approx.methods.base import method_configs
 from hf_approx.methods.stack import MethodStack
-from hf_approx.modules.bank import banks_of, saved_weights, sharing_of, template_names
+from hf_approx.modules.bank import banks_of, name_of_coefficients, saved_weights, share_of, sharing_of, template_names
 from hf_approx.optim import AvaGrad, AvaGradConfig, CompositeOptimizer
 from hf_approx.optim.composite import stepping_problem
 from hf_approx.optim.config import check_arguments, check_config
@@ -247,8 +247,7 @@ class ApproxTrainerMixin(CheckpointMixin):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Coefficients of shared weights never decay."""
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
-        layers = [name.removesuffix(".weight") for name in self._shared_names()]
-        kept = tuple(f"{layer}.parametrizations.weight.original" for layer in layers)
+        kept = tuple(map(name_of_coefficients, self._shared()))
         return [name for name in names if not name.endswith(kept)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -449,7 +448,7 @@ class ApproxTrainerMixin(CheckpointMixin):
             )
 
     def _pack(self, names: list[str]) -> dict[str, float]:
-        """Make the model save packed; returns sparsity, and bytes before and after, over the named weights."""
+        """Make the model save packed; returns, over the named weights, their share, sparsity, and bytes."""
         model = self._plain_model
         params = dict(model.named_parameters(remove_duplicate=False))
         removed = sum(method.removed for method in self.methods) + saved_weights(model)
@@ -470,6 +469,7 @@ class ApproxTrainerMixin(CheckpointMixin):
         stored = dtype_from_name(cast(str, self.store_dtype)).itemsize if halved else width
         kept = sum(int(params[name].count_nonzero()) for name in names)
         return {
+            "share": share_of(model, names, sum(method.removed for method in self.methods)),
             "sparsity": 1 - kept / total,
             **({"bits": average_bits(params, grids)} if grids else {}),
             "dense_bytes": total * width,

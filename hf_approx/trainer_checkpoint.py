@@ -25,6 +25,7 @@ from hf_approx.model_folder import weight_files
 from hf_approx.modules.bank import shared_layers
 from hf_approx.report import Recorder
 from hf_approx.staging import recover, staged
+from hf_approx.targets import Target
 from hf_approx.trainer_divergence import DivergenceMixin
 from hf_approx.trainer_files import (
     STATE_FILE,
@@ -144,8 +145,11 @@ class CheckpointMixin(DivergenceMixin, HubMixin):
 
     def _shared_names(self) -> list[str]:
         """Names of the weights that are mixed from templates."""
-        layers = [name for entry in shared_layers(self._plain_model).values() for name in entry.layers]
-        return [f"{name}.weight" for name in layers]
+        return [target.name for target in self._shared()]
+
+    def _shared(self) -> list[Target]:
+        """The weights that are mixed from templates."""
+        return [target for entry in shared_layers(self._plain_model).values() for target in entry.targets.values()]
 
     @property
     def _unfinished(self) -> bool:

@@ -16,7 +16,7 @@ from fresh import ALL, Forks, job
 from hf_approx import ApproxTrainer, attach
 from hf_approx.checkpoint.checksums import config_checksum, entry_checksum
 from hf_approx.methods.latent import latent_of
-from hf_approx.targets import LATENTS, Target
+from hf_approx.targets import LATENTS, Target, select_targets
 from models import build, dataset
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +74,11 @@ def trained(model):
     for latent in every_latent(model):
         state.update((name, tensor.detach().clone()) for name, tensor in latent.tensors())
     return state
+
+
+def target_modules(model, *patterns, **options):
+    """The modules of the targets, by key."""
+    return {key: target.module for key, target in select_targets(model, *patterns, **options).items()}
 
 
 def edit_packing(folder, change):

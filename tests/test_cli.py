@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import hf_approx_cli
-from helpers import ROOT, python
+from helpers import ROOT, python, target_modules
 from hf_approx import attach_packing
 from hf_approx.cli import main
 from hf_approx.console import tell_quantized
@@ -23,7 +23,6 @@ from hf_approx.loops.distillation import Fidelity
 from hf_approx.packing import MAX_BITS, Grid
 from hf_approx.plots import plot_bits
 from hf_approx.report import kind_of
-from hf_approx.targets import select_modules
 from models import batch, build
 
 
@@ -33,7 +32,7 @@ def cli(*args):
 
 def zeroed(sparsity=0.9):
     model = build("bert").eval()
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [f"{name}.weight" for name in target_modules(model)]
     with torch.no_grad():
         for name in names:
             param = model.get_parameter(name)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import is_compressed_tensors_available
 
-from helpers import make_trainer, python
+from helpers import make_trainer, python, target_modules
 from hf_approx import SharingConfig, SmolConfig, SparsificationConfig, attach_packing, export_model
 from hf_approx.cards import render_card
 from hf_approx.cli import main
@@ -28,7 +28,6 @@ from hf_approx.loops import round_weights
 from hf_approx.metrics import Compression
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid
-from hf_approx.targets import select_modules
 from models import batch, build
 
 needs_package = pytest.mark.skipif(not is_compressed_tensors_available(), reason="compressed-tensors is missing")
@@ -69,7 +68,7 @@ def quantization(folder):
 def make_grids(model, bits=(1, 2, 3), parts="channel", scale="channel", dtype=torch.float16, spread=1.0):
     """Random precisions and scales for every default target; a group is 16 inputs, or a little less."""
     grids = {}
-    for name in select_modules(model):
+    for name in target_modules(model):
         weight = model.get_parameter(f"{name}.weight").detach().float()
         rows, columns = weight.shape
         groups = {
@@ -242,7 +241,7 @@ def test_an_export_that_would_be_no_smaller_is_refused(tmp_path):
     model = build("llama").half()
     grids = {
         f"{name}.weight": Grid(torch.full((1, 1), 3, dtype=torch.uint8), torch.full(module.weight.shape, 0.1).half())
-        for name, module in select_modules(model).items()
+        for name, module in target_modules(model).items()
     }
     save(model, tmp_path / "packed", grids)
     with pytest.raises(ValueError, match=r"no smaller in compressed-tensors, with a scale for every 1 inputs"):
@@ -299,7 +298,7 @@ def test_a_model_in_half_precision_has_scales_that_are_exact_in_it(tmp_path, dty
     torch.manual_seed(1)
     model = build("llama").to(dtype).eval()
     with torch.no_grad():
-        for name in select_modules(model):
+        for name in target_modules(model):
             weight = model.get_parameter(f"{name}.weight")
             weight.mul_(10 ** torch.empty(len(weight), 1).uniform_(-3, 1))
     result = round_weights(model, SmolConfig(target_bits=sum(bits) / 3, bits=bits, group_size=16))

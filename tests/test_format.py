@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from helpers import edit_packing
+from helpers import edit_packing, target_modules
 from hf_approx import ApproxConfig, PackedFormatError, SharingConfig, attach, attach_packing
 from hf_approx.checkpoint.checksums import config_checksum
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules import ActivationQuantizer, install
 from hf_approx.packing import Grid
-from hf_approx.targets import select_modules
 from models import build
 
 DATA = Path(__file__).parent / "data"
@@ -33,7 +32,7 @@ def small(kind):
     sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
-    modules = select_modules(model)
+    modules = target_modules(model)
     names, grids = [f"{name}.weight" for name in modules], {}
     with torch.no_grad():
         for name, param in model.named_parameters():
@@ -323,7 +322,7 @@ def test_what_is_added_to_a_file_changes_nothing(copied):
 def test_what_has_a_checksum_is_what_is_written(name, shards, tmp_path):
     """Tied weights under one name, buffers, several files; a model of another class reads less of them."""
     model = build(name)
-    names = [f"{n}.weight" for n in select_modules(model)]
+    names = [f"{n}.weight" for n in target_modules(model)]
     with torch.no_grad():
         for key in names:
             model.get_parameter(key).mul_(torch.rand_like(model.get_parameter(key)) < 0.1)

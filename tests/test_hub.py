@@ -18,7 +18,7 @@ from hf_approx import MagnitudePruningConfig, attach_packing
 from hf_approx.hub import inspect_repo
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.remote_code import LOADER_FILE
-from hf_approx.targets import select_modules
+from hf_approx.targets import select_targets
 from hub_server import Blob, Hub, Repo
 from models import batch, build
 
@@ -203,7 +203,7 @@ def cli(run):
 
 def zeroed(model, seed):
     torch.manual_seed(seed)
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [target.name for target in select_targets(model).values()]
     with torch.no_grad():
         for name in names:
             param = model.get_parameter(name)

@@ -22,7 +22,7 @@ from hf_approx import (
 )
 from hf_approx.metrics import Compression
 from hf_approx.packing import Grid
-from hf_approx.targets import select_modules
+from hf_approx.targets import select_targets
 from models import build
 
 ACCURACY = str(ROOT / "recipes" / "metrics" / "accuracy.py")
@@ -38,7 +38,7 @@ def tensor_bytes(folder):
 def sparse():
     """Three quarters of each layer are zeros, and packed so."""
     model = build("bert").eval()
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [target.name for target in select_targets(model).values()]
     with torch.no_grad():
         for name in names:
             param = model.get_parameter(name)
@@ -97,7 +97,7 @@ def test_a_dense_model_is_its_own_size(tmp_path):
 
 def test_bits_are_those_stored(tmp_path):
     model = build("gpt2")
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [target.name for target in select_targets(model).values()]
     shapes = {name: model.get_parameter(name).shape for name in names}
     grids = {
         name: Grid(torch.full(shape, 4, dtype=torch.uint8), torch.full((1, 1), 0.05)) for name, shape in shapes.items()

@@ -9,14 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import edit_packing, python
+from helpers import edit_packing, python, target_modules
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.checkpoint.activations import activations_of
 from hf_approx.inspection import inspect_checkpoint
 from hf_approx.modules import SparseLinear
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid, round_to_grid
-from hf_approx.targets import select_modules
 from models import batch, build
 
 KEY = "bert.encoder.layer.0.output.dense.weight"
@@ -26,7 +25,7 @@ def make_grids(model, extra=(), granularity="weight"):
     """A random grid of 1 to 5 bits for every default target."""
     generator = torch.Generator().manual_seed(1)
     grids = {}
-    for name in [*(f"{name}.weight" for name in select_modules(model)), *extra]:
+    for name in [*(f"{name}.weight" for name in target_modules(model)), *extra]:
         weight = model.get_parameter(name).detach()
         channel = [weight.shape[0]] + [1] * (weight.dim() - 1)
         shape = list(weight.shape) if granularity == "weight" else channel
@@ -316,7 +315,7 @@ def test_activations_are_part_of_the_checkpoint(tmp_path, quantized):
 
 def test_packed_runtime_keeps_activations(tmp_path):
     model = build("bert").eval()
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [f"{name}.weight" for name in target_modules(model)]
     with torch.no_grad():
         for name in names:
             model.get_parameter(name).mul_(torch.rand_like(model.get_parameter(name)) > 0.9)

@@ -10,16 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers import assert_same_weights, edit_packing, python, weights
+from helpers import assert_same_weights, edit_packing, python, target_modules, weights
 from hf_approx import ApproxConfig, PackedFormatError, attach_packing, keep_zeros
 from hf_approx.modules import SparseLinear
-from hf_approx.targets import select_modules
 from models import ARCHITECTURES, batch, build
 
 
 def sparsify(model, sparsity=0.9, extra=()):
     """Zero random weights of the default targets and attach packing, without any method."""
-    names = [f"{name}.weight" for name in select_modules(model)] + list(extra)
+    names = [f"{name}.weight" for name in target_modules(model)] + list(extra)
     with torch.no_grad():
         for name in names:
             param = model.get_parameter(name)

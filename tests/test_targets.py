@@ -18,11 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers import stacked
+from helpers import stacked, target_modules
 from hf_approx import MagnitudePruningConfig, SharingConfig, SmolConfig, SparsificationConfig, attach_packing
 from hf_approx.cli import main
 from hf_approx.report import kind_of
-from hf_approx.targets import select_modules
 from models import ARCHITECTURES, build
 
 
@@ -43,7 +42,7 @@ def mixture():
 def test_the_default_is_every_linear_and_convolution_layer_of_the_blocks(name, caplog):
     model = build(name)
     caplog.clear()
-    selected = select_modules(model)
+    selected = target_modules(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     assert selected
     assert head not in selected.values()
@@ -51,9 +50,14 @@ def test_the_default_is_every_linear_and_convolution_layer_of_the_blocks(name, c
     assert caplog.messages == []
 
 
-def test_experts_that_share_a_parameter_are_not_passed_over_in_silence(caplog):
+def test_experts_of_an_unknown_kind_are_not_passed_over_in_silence(caplog):
     model = mixture()
-    selected = select_modules(model)
+    target_modules(model)
+    assert caplog.messages == []
+    for module in model.modules():
+        if type(module).__name__ == "MixtralExperts":
+            module.__class__ = type("Mixed", (type(module),), {})
+    selected = target_modules(model)
     assert {key.split(".")[-1] for key in selected} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     experts = 2 * 4 * (128 * 32 + 32 * 64)
     routers, attention = 2 * 4 * 32, 2 * (2 * 32 * 32 + 2 * 16 * 32)
@@ -63,7 +67,7 @@ def test_experts_that_share_a_parameter_are_not_passed_over_in_silence(caplog):
         "not compressed, 'model.layers.0.mlp.experts.gate_up_proj' first."
     ]
     caplog.clear()
-    select_modules(model, ["q_proj"])
+    target_modules(model, ["q_proj"])
     assert caplog.messages == []
 
 
@@ -92,20 +96,20 @@ UNFIT = {
 def test_what_cannot_be_a_target_is_left_out_of_the_default_and_refused_by_name(make, name, message, caplog):
     model = make()
     with pytest.raises(ValueError, match=f"'{name}' {message}" if name != "1" else message):
-        select_modules(model, [name])
-    selected = select_modules(model)
+        target_modules(model, [name])
+    selected = target_modules(model)
     assert selected
     assert name not in selected
     (told,) = [text for text in caplog.messages if "It is left as it is." in text]
     assert f"'{name}'" in told
     caplog.clear()
-    assert list(select_modules(model, exclude=[f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]))
+    assert list(target_modules(model, exclude=[f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]))
     assert ("It is left" in caplog.text) == (name == "1")
 
 
 def test_a_model_of_nothing_else_is_refused():
     with pytest.raises(ValueError, match=r"No layer of Sequential can be compressed. '0' computes its weight"):
-        select_modules(blocks(weight_norm(nn.Linear(4, 4))))
+        target_modules(blocks(weight_norm(nn.Linear(4, 4))))
 
 
 def test_a_codec_whose_layers_are_all_normalized_is_refused():
@@ -191,8 +195,8 @@ def test_weights_that_are_never_saved_are_no_targets():
             with pytest.raises(ValueError, match=r"computes the weight of 'model\.\w+\.embed_positions', and"):
                 stacked(model, config(target_modules=targets))
     assert set(dict(model.named_parameters())) == set(dict(marian().named_parameters()))
-    assert not set(TABLES) & set(select_modules(model))
-    assert set(select_modules(model, r".*embed_positions|.*fc1", ["embed_positions"])) == {
+    assert not set(TABLES) & set(target_modules(model))
+    assert set(target_modules(model, r".*embed_positions|.*fc1", ["embed_positions"])) == {
         f"model.{side}.layers.0.fc1" for side in ("encoder", "decoder")
     }
     for name in (f"{table}.weight" for table in TABLES):

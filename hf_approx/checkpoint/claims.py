@@ -120,9 +120,11 @@ def holds_plain(
     """
     existing = model.state_dict()
     stored = [part for tensors in headers.values() for part in tensors.items()]
-    shapes = {names.find(name, existing): shape for name, (dtype, shape) in stored if dtype != "U8"}
+    plain = {name: shape for name, (dtype, shape) in stored if dtype != "U8"}
+    shapes = {names.find(name, existing): shape for name, shape in plain.items()}
+    joined = {names.joined(name, existing) for name in plain}
     wanted = {own: spec.shape for n, spec in config.tensors.items() if (own := names.find(n, existing)) is not None}
-    return bool(wanted) and all(shapes.get(own) == shape for own, shape in wanted.items())
+    return bool(wanted) and all(shapes.get(own) == shape or own in joined for own, shape in wanted.items())
 
 
 def guard(folder: Path) -> None:

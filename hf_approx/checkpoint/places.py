@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
 
 from hf_approx.modules.bank import BANKS, bank_prefix
 from hf_approx.packing import PackedFormatError
@@ -28,7 +28,9 @@ class Names:
 
     def __init__(self, model: PreTrainedModel, stored: Collection[str]) -> None:
         self._model = model
-        self._renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in mapping if isinstance(t, WeightConverter)]
         self._part: tuple[str, str] | None = None
         existing = model.state_dict()
         found = {self.find(name, existing) for name in stored}
@@ -42,9 +44,7 @@ class Names:
             name: A name in the file.
             existing: Names in the model.
         """
-        renamed = name
-        for renaming in self._renamings:
-            renamed, _ = renaming.rename_source_key(renamed)
+        renamed = apply_renamings(name, self._renamings)
         prefix = self._model.base_model_prefix
         own = own_name(name, prefix, existing) or own_name(renamed, prefix, existing)
         if self._part is not None:
@@ -57,6 +57,11 @@ class Names:
         if own is None and bank and bank_prefix(self._model) + rest in existing:
             own = bank_prefix(self._model) + rest
         return own
+
+    def joined(self, name: str, existing: Container[str]) -> str | None:
+        """The parameter that transformers makes of this tensor and others, such as those of other experts, or None."""
+        made, pattern = apply_converters(apply_renamings(name, self._renamings), self._converters)
+        return None if pattern is None else own_name(made, self._model.base_model_prefix, existing)
 
 
 def base_prefix(model: PreTrainedModel) -> str:

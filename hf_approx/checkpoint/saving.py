@@ -25,7 +25,7 @@ from hf_approx.checkpoint.config import QUANT_METHOD
 from hf_approx.checkpoint.quantizer import ApproxQuantizer
 from hf_approx.layout import CONFIG_FILE
 from hf_approx.modules.activation import ActivationQuantizer
-from hf_approx.modules.bank import sharing_of
+from hf_approx.modules.bank import shared_parameters
 from hf_approx.staging import staged
 from hf_approx.structures import sizes_of
 from hf_approx.targets import LATENTS
@@ -76,7 +76,7 @@ def refuse_unfinished(model: nn.Module, where: str, packs: bool = True) -> None:
     if packs and isinstance(getattr(model, "hf_quantizer", None), ApproxQuantizer):
         return
     for name, module in model.named_modules():
-        does = "shares its weight" if sharing_of(module) is not None else ""
+        does = "shares its weight" if shared_parameters(module) else ""
         does = "quantizes its input" if isinstance(module, ActivationQuantizer) else does
         if does:
             raise ValueError(

@@ -13,12 +13,14 @@ from hf_approx.modules.bank import (
     bank_prefix,
     banks_of,
     coefficients_of,
+    name_of_coefficients,
     set_banks,
     share,
     shared_layers,
     unshare,
 )
 from hf_approx.packing import PackedFormatError, SharedSpec, TensorSpec, pack_shared, unpack_shared
+from hf_approx.targets import Target
 
 
 def install_banks(model: PreTrainedModel, tensors: Mapping[str, TensorSpec], names: Names) -> None:
@@ -74,8 +76,9 @@ def install_shared(model: PreTrainedModel, name: str, spec: SharedSpec, packed: 
     Raises:
         PackedFormatError: The bytes are not what the spec says.
     """
-    module = model.get_submodule(name.rpartition(".")[0])
-    share(module, banks_of(model)[spec.bank], unpack_shared(packed, spec, dtype))
+    target = Target.of(model, name)
+    coefficients = unpack_shared(packed, spec, dtype)
+    share(target.module, banks_of(model)[spec.bank], coefficients, parameter=target.parameter)
 
 
 def pack_sharing(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, tuple[str, Tensor, SharedSpec]]:
@@ -90,9 +93,10 @@ def pack_sharing(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str,
     """
     packed = {}
     for bank, entry in shared_layers(model).items():
-        for name, module in entry.layers.items():
-            row, spec = pack_shared(coefficients_of(module), entry.bank.shape, bank, dtype)
-            packed[f"{name}.parametrizations.weight.original"] = (f"{name}.weight", row, spec)
+        for target in entry.targets.values():
+            coefficients = coefficients_of(target.module, target.parameter)
+            row, spec = pack_shared(coefficients, entry.bank.shape, bank, dtype)
+            packed[name_of_coefficients(target)] = (target.name, row, spec)
     return packed
 
 
@@ -100,7 +104,7 @@ def materialize_shared(model: PreTrainedModel) -> None:
     """Give every layer a plain weight of its own, equal to the one it mixed, and remove the banks."""
     prefix = bank_prefix(model)
     for entry in shared_layers(model).values():
-        for name, module in entry.layers.items():
-            if not name.startswith(prefix):
-                unshare(module)
+        for target in entry.targets.values():
+            if not target.name.startswith(prefix):
+                unshare(target.module, parameter=target.parameter)
     set_banks(model, {})

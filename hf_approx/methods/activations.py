@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_approx.axes import feature_dim
 from hf_approx.methods.noise import NoiseLaw, draw, noise_key
 from hf_approx.methods.precision import initial_limit
 from hf_approx.modules.activation import NAME as INSTALLED
 from hf_approx.modules.activation import ActivationQuantizer, install, quantized
 from hf_approx.modules.bank import Template
 from hf_approx.modules.sharded import write
-from hf_approx.structures import feature_dim
 from hf_approx.targets import Patterns, matches
 
 

@@ -24,9 +24,17 @@ class MethodConfig(ABC):
 
     target_modules: Patterns = field(
         default=None,
-        metadata={"help": "Regular expression or list of name endings; default: layers in the blocks."},
+        metadata={"help": "Regular expression or list of name endings; default: layers and experts in the blocks."},
     )
-    exclude: Patterns = field(default=None, metadata={"help": "Modules to leave alone, in the same notation."})
+    exclude: Patterns = field(
+        default=None, metadata={"help": "Modules or parameters to leave alone, in the same notation."}
+    )
+    target_parameters: Patterns = field(
+        default=None,
+        metadata={
+            "help": "Parameters of two or more dimensions, in the same notation: beside target_modules, or alone."
+        },
+    )
 
     @abstractmethod
     def build(self) -> "Method":
@@ -93,7 +101,7 @@ class Method(ABC):
     baked in a copy: see `hf_approx.methods.unsharding.Unsharded`.
 
     Attributes:
-        targets: What it works on, by name without `.weight`.
+        targets: What it works on, by key: the name without `.weight`.
         stages: Its step on the way from trained to effective weights, by the same names.
     """
 
@@ -167,8 +175,9 @@ class Method(ABC):
         self.targets, self.stages, self.root = selected, stages, model
 
     def select(self, model: nn.Module) -> dict[str, Target]:
-        """The parameters to work on, by name without `.weight`."""
-        return select_targets(model, self.config.target_modules, self.config.exclude)
+        """The parameters to work on, by key."""
+        config = self.config
+        return select_targets(model, config.target_modules, config.exclude, config.target_parameters)
 
     def _check_company(self, model: nn.Module, earlier: Sequence["Method"]) -> None:
         """Raise `ValueError` if the model is sharded, or the methods of a run do not go together."""
@@ -184,7 +193,7 @@ class Method(ABC):
             raise ValueError(f"{resizing[0]} removes whole units at the end; share weights in another run.")
 
     def _check_stack(self, name: str, target: Target, earlier: Sequence["Method"]) -> None:
-        if sharing_of(target.module) is not None:
+        if sharing_of(target.module, target.parameter) is not None:
             raise ValueError(f"'{name}' is mixed from templates; target those, in hf_approx_banks, instead.")
         latent = latent_of(target)
         if latent is None:
@@ -365,7 +374,7 @@ class Method(ABC):
     def report(self) -> dict[str, Any]:
         """What was asked for and what was done, for the end of training and the model card."""
         requested = {name: value for name, value in asdict(self.config).items() if name.startswith("target_")}
-        requested.pop("target_modules")
+        del requested["target_modules"], requested["target_parameters"]
         return {"method": self.name, **requested, **self.metrics()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class LayerDropping(ContinuousSparsification):
             SparsificationConfig(
                 target_modules=config.target_modules,
                 exclude=config.exclude,
+                target_parameters=config.target_parameters,
                 granularity="layer",
                 target_sparsity=config.target_sparsity,
                 score_init="constant",

@@ -14,7 +14,7 @@ from hf_approx.methods.grids import GridMethod
 from hf_approx.methods.rounding import GridWeight, reduce, stored
 from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid
-from hf_approx.targets import Target, matches
+from hf_approx.targets import Target
 
 
 @dataclass
@@ -55,22 +55,24 @@ class FixedPrecision(GridMethod):
         return self._config
 
     def select(self, model: nn.Module) -> dict[str, Target]:
-        """The modules whose weight has a grid; by default all of them."""
-        patterns, quantizer = self._config.target_modules, getattr(model, "hf_quantizer", None)
+        """The parameters that have a grid; by default all of them."""
+        config, quantizer = self._config, getattr(model, "hf_quantizer", None)
         packed = isinstance(model, PreTrainedModel) and isinstance(quantizer, ApproxQuantizer)
         found = cast(ApproxQuantizer, quantizer).current_grids(cast(PreTrainedModel, model)) if packed else {}
-        grids = {name.removesuffix(".weight"): grid for name, grid in found.items()}
-        self._found = {
-            name: grid
-            for name, grid in grids.items()
-            if (patterns is None or matches(name, patterns)) and not matches(name, self._config.exclude)
-        }
+        every = config.target_modules is None and config.target_parameters is None
+        targets = [
+            target
+            for target in (Target.of(model, name) for name in found)
+            if (every or target.is_one_of(config.target_modules, config.target_parameters))
+            and not target.is_one_of(config.exclude, config.exclude)
+        ]
+        self._found = {target.key: found[target.name] for target in targets}
         if not self._found:
             raise ValueError(
                 f"FixedPrecisionConfig: {type(model).__name__} has no quantized weight to train; load a quantized "
                 "model, or quantize with SmolConfig."
             )
-        return {name: Target(name, model.get_submodule(name)) for name in self._found}
+        return {target.key: target for target in targets}
 
     def stage(self, name: str, target: Target) -> GridWeight:
         """The grid that the weight is on."""

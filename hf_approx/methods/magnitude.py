@@ -148,7 +148,7 @@ class MagnitudePruning(Method):
         weights = [latent.weight.detach() for latent in self.latents]
         if self._config.criterion == "magnitude":
             # A weight that is NaN would rank above all others, and one such layer take the place of all the rest.
-            refuse_not_finite(self.name, zip((f"{name}.weight" for name in self.targets), weights, strict=True))
+            refuse_not_finite(self.name, zip((target.name for target in self.targets.values()), weights, strict=True))
             return [weight.abs() for weight in weights]
         generator = torch.Generator().manual_seed(self._config.seed)
         drawn = (torch.rand(weight.shape, generator=generator) for weight in weights)

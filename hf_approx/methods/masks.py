@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from hf_approx.methods.latent import Rows, Stage, add_grad
 from hf_approx.modules.sharded import piece
-from hf_approx.structures import Side, feature_dim
+from hf_approx.structures import Side
+from hf_approx.targets import Target
 
 Granularity = Literal["weight", "row", "column", "2:4", "head", "neuron", "layer"]
 FLOOR = 1e-12
@@ -22,16 +23,20 @@ class Layout:
     """Which entries of a weight share a score: `width` features next to each other along `dim`.
 
     `dim=None` is one score a weight. Dimensions are counted from the last, -1: in front there may be one of a batch.
+    With `experts` the first dimension of the weight is that of experts, each of which has scores of its own.
     """
 
     dim: int | None = None
     width: int = 1
+    experts: bool = False
 
     def sizes(self, weight: Tensor) -> Tensor:
         """Mean magnitude of the entries of each score, in float32 or wider."""
         size = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
         if self.dim is None:
             return size
+        if self.experts:
+            return size.movedim(self.dim, 1).flatten(2).mean(2)
         return size.movedim(self.dim, 0).reshape(weight.shape[self.dim] // self.width, -1).mean(1)
 
     def spread(self, mask: Tensor, weight: Tensor, rows: Rows | None = None) -> Tensor:
@@ -40,7 +45,7 @@ class Layout:
             return mask
         before = [1] * (weight.dim() + self.dim - mask.dim() + 1)
         mask = mask.repeat_interleave(self.width, -1)
-        if rows is not None and self.dim == -weight.dim():
+        if rows is not None and (self.experts or self.dim == -weight.dim()):
             mask = mask[rows[0] : rows[0] + len(weight)]
         return mask.reshape(*mask.shape[:-1], *before, mask.shape[-1], *[1] * (-self.dim - 1))
 
@@ -53,39 +58,41 @@ class Layout:
             sums[rows[0] : rows[0] + len(values)] = values.flatten(1).sum(1)
             return sums.reshape(*like.shape, -1).sum(-1)
         moved = values.movedim(self.dim, like.dim() - 1)
+        if rows is not None and self.experts:
+            sums = values.new_zeros(like.shape)
+            sums[rows[0] : rows[0] + len(values)] = moved.flatten(2).sum(2)
+            return sums
         return moved.reshape(*like.shape, -1).sum(-1)
 
 
-def layout_of(granularity: Granularity, name: str, layer: nn.Module, side: Side | None) -> Layout:
-    """The layout of one layer's scores.
+def layout_of(granularity: Granularity, target: Target, side: Side | None) -> Layout:
+    """The layout of one target's scores.
 
     Args:
         granularity: Of the method.
-        name: Of the layer, for errors.
-        layer: Any module with a `weight`.
+        target: The weight.
         side: For heads and neurons, the features of the layer that belong to them.
 
     Raises:
-        ValueError: A 2:4 pattern does not fit the layer.
+        ValueError: A 2:4 pattern does not fit the weight.
     """
-    dims = layer.get_parameter("weight").dim()
+    dims, experts = target.value.dim(), target.axis("expert")
     if side is not None:
-        return Layout(feature_dim(layer, side.axis) - dims, side.width)
-    if granularity == "row":
-        return Layout(feature_dim(layer, "out") - dims)
-    if granularity == "column":
-        return Layout(feature_dim(layer, "in") - dims)
+        return Layout(target.axis(side.axis) - dims, side.width)
+    if granularity in ("row", "column"):
+        return Layout(target.axis("out" if granularity == "row" else "in") - dims, experts=experts is not None)
     if granularity == "2:4":
-        weight = layer.get_parameter("weight")
-        if weight.dim() != 2 or weight.shape[feature_dim(layer, "in")] % 4:
-            raise ValueError(f"2:4 sparsity needs matrices with a multiple of 4 input features; exclude '{name}'.")
+        matrix = dims == 2 or experts is not None
+        if not matrix or target.value.shape[target.axis("in")] % 4:
+            raise ValueError(
+                f"2:4 sparsity needs matrices with a multiple of 4 input features; exclude '{target.key}'."
+            )
     return Layout()
 
 
-def in_fours(layer: nn.Module, scores: Tensor) -> Tensor:
-    """A view of shape (outputs, inputs / 4, 4) of scores shaped like a linear layer's weight."""
-    rows = scores if feature_dim(layer, "in") == 1 else scores.T
-    return rows.unflatten(1, (-1, 4))
+def in_fours(target: Target, scores: Tensor) -> Tensor:
+    """A view of shape (..., outputs, inputs / 4, 4) of scores shaped like a weight."""
+    return scores.movedim(target.axis("in"), -1).unflatten(-1, (-1, 4))
 
 
 class SigmoidMask(Stage):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_approx.methods.latent import Stage, add_grad
 from hf_approx.modules.sharded import whole
 from hf_approx.packing.grid import Grid, round_to_grid, spread
-from hf_approx.structures import feature_dim
+from hf_approx.targets import Target
 
 SCALE_DTYPE = torch.float16
 """What scales are stored in; they are rounded in every forward pass, so the model that trains is the one stored."""
@@ -24,23 +24,23 @@ PARTS = 64
 PartGranularity = Literal["weight", "group", "channel", "tensor"]
 
 
-def parts_shape(layer: nn.Module, shape: torch.Size, granularity: PartGranularity, group_size: int) -> list[int]:
-    """The shape of what has one number for each weight, group, output channel, or for all.
+def parts_shape(target: Target, granularity: PartGranularity, group_size: int) -> list[int]:
+    """The shape of what has one number for each weight, group, output channel, or for all; of each expert.
 
     Args:
-        layer: The module with the weight.
-        shape: Of the weight.
+        target: The weight.
         granularity: `"group"`: `group_size` input features next to each other of one output channel.
         group_size: At most; where it does not divide the inputs the groups are as equal as they can be.
     """
+    shape, (out, inputs, experts) = target.value.shape, target.axes
     if granularity == "weight":
         return list(shape)
     parts = [1] * len(shape)
+    if experts is not None:
+        parts[experts] = shape[experts]
     if granularity != "tensor":
-        out = feature_dim(layer, "out")
         parts[out] = shape[out]
     if granularity == "group":
-        inputs = feature_dim(layer, "in")
         parts[inputs] = -(-shape[inputs] // group_size)
     return parts
 

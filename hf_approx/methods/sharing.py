@@ -35,7 +35,7 @@ from hf_approx.modules.bank import (
     template_names,
 )
 from hf_approx.packing import is_bank_name
-from hf_approx.targets import Target, refuse_adapters, select_modules
+from hf_approx.targets import Patterns, Target, matches, refuse_adapters, select_targets
 
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 """Attribute of a model where `DistributedDataParallel` looks for names of parameters that are none of its business."""
@@ -117,8 +117,9 @@ class SharingConfig(MethodConfig):
                     f"{where}: a bank's name must be letters, digits, '_' and '-', and not an attribute of "
                     f"modules, got {wrong[0]!r}."
                 )
-            if self.target_modules is not None:
-                raise ValueError(f"{where}: groups name their modules themselves: leave out target_modules.")
+            for given in ("target_modules", "target_parameters"):
+                if getattr(self, given) is not None:
+                    raise ValueError(f"{where}: groups name their modules themselves: leave out {given}.")
 
     def build(self) -> "SoftSharing":
         """The method this config describes."""
@@ -153,19 +154,20 @@ class SoftSharing(Method):
         self._check_company(model, earlier)
         refuse_adapters(model)
         banks, sizes = self._plan(model)
-        targets = {f"{name}.weight": module for modules in banks.values() for name, module in modules.items()}
-        refuse_not_finite(self.name, ((name, module.get_parameter("weight")) for name, module in targets.items()))
+        targets = _in_order(model, banks)
+        refuse_not_finite(self.name, ((target.name, target.value) for target in targets.values()))
         self.model = self.root = model
-        self.banks = {name: list(modules) for name, modules in banks.items()}
-        self.targets = {name: Target(name, model.get_submodule(name)) for name in _in_order(model, banks)}
+        self.banks = {name: list(members) for name, members in banks.items()}
+        self.targets = targets
         new = {}
-        for name, modules in banks.items():
-            weights = [module.get_parameter("weight") for module in modules.values()]
-            templates, coefficients = self._start(list(modules.values()), sizes[name])
+        for name, members in banks.items():
+            weights = [target.value for target in members.values()]
+            templates, coefficients = self._start(list(members.values()), sizes[name])
             trained = any(weight.requires_grad for weight in weights)
             new[name] = TemplateBank(templates, trained)
             new[name].at_work = True
-            for layer, weight, row in zip(modules, weights, coefficients, strict=True):
+            new[name].lie_as(next(iter(members.values())).axes)
+            for layer, weight, row in zip(members, weights, coefficients, strict=True):
                 # Kept until training starts: `detach` can then undo the approximation.
                 self._dense[layer] = weight.detach().clone()
                 row = nn.Parameter(row.to(weight).contiguous(), trained and self._config.coefficients == "trained")
@@ -179,8 +181,8 @@ class SoftSharing(Method):
         """The mix of the templates of its bank."""
         return self.stages[name]
 
-    def _plan(self, model: nn.Module) -> tuple[dict[str, dict[str, nn.Module]], dict[str, int]]:
-        """The modules and the number of templates of every bank; raises `ValueError` for what cannot be shared."""
+    def _plan(self, model: nn.Module) -> tuple[dict[str, dict[str, Target]], dict[str, int]]:
+        """The targets and the number of templates of every bank; raises `ValueError` for what cannot be shared."""
         config = self._config
         if isinstance(owner_of_banks(model), nn.Sequential):
             raise ValueError(
@@ -188,18 +190,18 @@ class SoftSharing(Method):
                 "whose forward calls it."
             )
         if config.groups is None:
-            selected = {name: target.module for name, target in self.select(model).items()}
+            selected = self.select(model)
             _refuse_taken(selected)
             banks = group_by_kind(model, selected)
             if not banks:
                 raise ValueError("SharingConfig: no two target modules are of one kind, so there is nothing to share.")
         else:
-            banks = {name: select_modules(model, p, config.exclude) for name, p in config.groups.items()}
+            banks = {name: _of_group(model, p, config.exclude) for name, p in config.groups.items()}
             taken: dict[str, str] = {}
-            for name, modules in banks.items():
-                _refuse_taken(modules)
-                _check_group(name, modules)
-                for layer in modules:
+            for name, members in banks.items():
+                _refuse_taken(members)
+                _check_group(name, members)
+                for layer in members:
                     if layer in taken:
                         raise ValueError(f"SharingConfig: '{layer}' is in groups '{taken[layer]}' and '{name}'.")
                     taken[layer] = name
@@ -216,17 +218,20 @@ class SoftSharing(Method):
         return banks, sizes
 
     @torch.no_grad()
-    def _start(self, modules: Sequence[nn.Module], size: int) -> tuple[list[Tensor], Tensor]:
+    def _start(self, targets: Sequence[Target], size: int) -> tuple[list[Tensor], Tensor]:
         """Templates, and coefficients of shape (layers, templates)."""
-        weights = [module.get_parameter("weight").detach() for module in modules]
+        weights = [target.value.detach() for target in targets]
         fixed = self._config.coefficients == "fixed"
         runs = tied_runs(len(weights), size) if fixed else torch.empty(0)
         if self._config.init == "random":
             templates = [torch.empty_like(weights[0]) for _ in range(size)]
             # GPT-2's Conv1D keeps its weight as (in, out).
-            mode: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(modules[0], Conv1D) else "fan_in"
+            out, inputs, experts = targets[0].axes
+            turned = isinstance(targets[0].module, Conv1D) or (experts is not None and inputs < out)
+            mode: Literal["fan_in", "fan_out"] = "fan_out" if turned else "fan_in"
             for template in templates:
-                nn.init.kaiming_normal_(template, mode=mode, nonlinearity="relu")
+                for matrix in [template] if experts is None else template.unbind(experts):
+                    nn.init.kaiming_normal_(matrix, mode=mode, nonlinearity="relu")
             return templates, runs if fixed else nn.init.orthogonal_(torch.empty(len(weights), size))
         if fixed:
             return [combine(run / run.sum(), weights) for run in runs.T], runs
@@ -235,7 +240,8 @@ class SoftSharing(Method):
     def param_groups(self) -> list[dict[str, Any]]:
         """The coefficients, at their learning rate."""
         self.release()
-        own = [p for p in map(coefficients_of, self.modules.values()) if p.requires_grad]
+        rows = (coefficients_of(target.module, target.parameter) for target in self.targets.values())
+        own = [row for row in rows if row.requires_grad]
         return [{"params": own, "lr": self._config.coefficient_lr}] if own else []
 
     def release(self) -> None:
@@ -327,7 +333,8 @@ class SoftSharing(Method):
             if isinstance(latent, Mixing):
                 latent.bank.at_work = False
                 latent.release(target.value)
-                share(target.module, latent.bank, latent.weight.detach(), latent.weight.requires_grad)
+                row = latent.weight
+                share(target.module, latent.bank, row.detach(), row.requires_grad, target.parameter)
         return template_names(self.model)
 
 
@@ -383,37 +390,52 @@ def combine(factors: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return total.to(weights[0].dtype)
 
 
-def group_by_kind(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
-    """Modules whose names differ in one block number only and whose weights have equal shapes, by a name for the kind.
+def group_by_kind(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
+    """Targets whose names differ in one block number only and that have equal shapes, by a name for the kind.
 
-    The block number is the outermost one for which there are two such modules; where there are none, the module is
+    The block number is the outermost one for which there are two such targets; where there are none, the target is
     left out.
     """
     prefix = f"{model.base_model_prefix}." if isinstance(model, PreTrainedModel) else ""
-    rest = dict(modules)
-    banks: dict[str, dict[str, nn.Module]] = {}
-    for depth in range(max(name.count(".") for name in modules) + 1):
-        groups: dict[tuple[str, tuple[int, ...]], dict[str, nn.Module]] = {}
-        for name, module in rest.items():
+    rest = dict(targets)
+    banks: dict[str, dict[str, Target]] = {}
+    for depth in range(max(name.count(".") for name in targets) + 1):
+        groups: dict[tuple[str, tuple[int, ...]], dict[str, Target]] = {}
+        for name, target in rest.items():
             parts = name.split(".")
             if depth < len(parts) and parts[depth].isdigit():
                 kind = ".".join(parts[:depth] + parts[depth + 1 :]).removeprefix(prefix)
-                shape = tuple(module.get_parameter("weight").shape)
-                groups.setdefault((kind, shape), {})[name] = module
+                groups.setdefault((kind, tuple(target.value.shape)), {})[name] = target
         for (kind, _), group in groups.items():
             if len(group) > 1:
                 label = re.sub(r"[^\w-]", "-", kind)[:100] or "layers"
                 names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
                 banks[next(name for name in names if name not in banks and is_bank_name(name))] = group
-                rest = {name: module for name, module in rest.items() if name not in group}
+                rest = {name: target for name, target in rest.items() if name not in group}
     return banks
 
 
-def _check_group(name: str, modules: Mapping[str, nn.Module]) -> None:
+def _of_group(model: nn.Module, patterns: str | Sequence[str], exclude: Patterns) -> dict[str, Target]:
+    """The modules that match or, where none does, parameters."""
+    modules = [name for name, _ in model.named_modules()]
+    params = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    if isinstance(patterns, str):
+        own = not _any(modules, patterns) and _any(params, patterns)
+        return select_targets(model, None if own else patterns, exclude, patterns if own else None)
+    named = [pattern for pattern in patterns if not _any(modules, [pattern]) and _any(params, [pattern])]
+    others = [pattern for pattern in patterns if pattern not in named]
+    return select_targets(model, others if others or not named else None, exclude, named or None)
+
+
+def _any(names: Sequence[str], patterns: Patterns) -> bool:
+    return any(matches(name, patterns) for name in names)
+
+
+def _check_group(name: str, targets: Mapping[str, Target]) -> None:
     """Raise `ValueError` unless there are two layers and all have one shape."""
-    if len(modules) < 2:
-        raise ValueError(f"SharingConfig: group '{name}' has one layer, '{min(modules)}': it needs two.")
-    shapes = {layer: list(module.get_parameter("weight").shape) for layer, module in modules.items()}
+    if len(targets) < 2:
+        raise ValueError(f"SharingConfig: group '{name}' has one layer, '{min(targets)}': it needs two.")
+    shapes = {layer: list(target.value.shape) for layer, target in targets.items()}
     first = next(iter(shapes))
     for layer, shape in shapes.items():
         if shape != shapes[first]:
@@ -423,12 +445,13 @@ def _check_group(name: str, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _in_order(model: nn.Module, banks: Mapping[str, Mapping[str, nn.Module]]) -> list[str]:
-    chosen = {name for modules in banks.values() for name in modules}
-    return [name for name, _ in model.named_modules() if name in chosen]
+def _in_order(model: nn.Module, banks: Mapping[str, Mapping[str, Target]]) -> dict[str, Target]:
+    places = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    chosen = [item for members in banks.values() for item in members.items()]
+    return dict(sorted(chosen, key=lambda item: places[item[1].path]))
 
 
-def _refuse_taken(modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        if latent_of(Target(name, module)) is not None or sharing_of(module) is not None:
+def _refuse_taken(targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        if latent_of(target) is not None or sharing_of(target.module, target.parameter) is not None:
             raise ValueError(f"Another method works on '{name}' already, or it shares its weight; add it to exclude.")

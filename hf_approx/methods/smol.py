@@ -103,7 +103,7 @@ class Smol(GridMethod):
         try:
             if config.activations:
                 self.activations = install_noise(
-                    self.modules,
+                    self._with_inputs(),
                     per_channel=config.activation_granularity == "channel",
                     unsigned=config.unsigned_activations,
                     initial_bits=config.initial_bits,
@@ -119,6 +119,17 @@ class Smol(GridMethod):
             for weight in self._frozen:
                 weight.requires_grad_(False)
 
+    def _with_inputs(self) -> dict[str, nn.Module]:
+        """The layers among what holds the targets: what else holds any sees to its inputs itself."""
+        others = [n for n, t in self.targets.items() if t.parameter != "weight" or t.axis("expert") is not None]
+        if others:
+            logger.warning(
+                "SmolConfig: the inputs of %d targets, '%s' first, are not those of a layer and stay as they are.",
+                len(others),
+                others[0],
+            )
+        return {name: module for name, module in self.modules.items() if name not in others}
+
     def check(self, names: list[str]) -> None:
         """Raise `ValueError` unless every module has a target."""
         if self._config.target_bits is not None:
@@ -126,9 +137,9 @@ class Smol(GridMethod):
 
     def stage(self, name: str, target: Target) -> NoisyWeight:
         """Noise at the initial precision, with scales that fit the final one."""
-        config, weight, module = self._config, value_of(target), target.module
-        parts = parts_shape(module, weight.shape, config.granularity, config.group_size)
-        scales = parts_shape(module, weight.shape, config.scale_granularity, config.group_size)
+        config, weight = self._config, value_of(target)
+        parts = parts_shape(target, config.granularity, config.group_size)
+        scales = parts_shape(target, config.scale_granularity, config.group_size)
         wanted = self._wanted(name)
         initial = config.initial_bits if wanted is None else max(config.initial_bits, wanted)
         bits = torch.full([1] * weight.dim(), round(wanted or initial), dtype=torch.uint8, device=weight.device)

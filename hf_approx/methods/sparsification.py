@@ -72,6 +72,8 @@ class ContinuousSparsification(Method):
         kind, patterns = self._config.structured, (self._config.target_modules, self._config.exclude)
         if kind is None:
             return super().select(model)
+        if self._config.target_parameters is not None:
+            raise ValueError(f"SparsificationConfig: {kind}s are no parameters; leave out target_parameters.")
         self._model = model
         if kind == "layer":
             self.blocks = {blocks.name: blocks for blocks in find_blocks(model, *patterns)}
@@ -135,7 +137,7 @@ class ContinuousSparsification(Method):
     def stage(self, name: str, target: Target) -> SigmoidMask:
         """A mask whose scores start as the config says."""
         side = self.structures[name].consumer if name in self.structures else None
-        layout = layout_of(self._config.granularity, name, target.module, side)
+        layout = layout_of(self._config.granularity, target, side)
         return self._start(SigmoidMask, layout.sizes(target.value), layout)
 
     def block_mask(self, blocks: Blocks) -> BlockMask:
@@ -206,7 +208,7 @@ class ContinuousSparsification(Method):
         """Keep the sparsity on its ramp, at `fraction`; `progress` is the position in the soft phase or round."""
         level = resting_level(self._settings, progress)
         if self._config.granularity == "2:4":
-            self._force = lower_fours(list(self.modules.values()), self.masks, fraction, level)
+            self._force = lower_fours(list(self.targets.values()), self.masks, fraction, level)
         else:
             members: list[list[Tensor]] = [[] for _ in self._groups()]
             for part in self.parts:
@@ -264,8 +266,8 @@ class ContinuousSparsification(Method):
         kept = [piece(s) > 0 for s in scores]
         self._learned_sparsity = 1 - self._count() / self._numel
         if self._config.granularity == "2:4":
-            pairs = zip(self.modules.values(), masks, strict=True)
-            kept = [piece_of(best_two(module, whole(m.scores)), m.scores) for module, m in pairs]
+            pairs = zip(self.targets.values(), masks, strict=True)
+            kept = [piece_of(best_two(target, whole(m.scores)), m.scores) for target, m in pairs]
         elif self._config.target_sparsity is not None:
             kept = top_masks(scores, self._groups())
         if self._config.structured:

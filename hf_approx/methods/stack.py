@@ -19,6 +19,7 @@ from hf_approx.methods.bound import BoundOptimizer
 from hf_approx.methods.latent import Latent
 from hf_approx.methods.mixing import MixedBatch, Mixing, mixed_batches
 from hf_approx.methods.sharing import DDP_IGNORES
+from hf_approx.modules.bank import share_of
 from hf_approx.modules.sharded import add_totals, is_sharded, reshard, take_from_first, write
 
 logger = get_logger(__name__)
@@ -42,6 +43,9 @@ class MethodStack:
 
     Raises:
         ValueError: A config does not fit the model, or they do not go together. The model is then unchanged.
+
+    Attributes:
+        share: Once baked, which share of the weights that the model had was compressed.
     """
 
     def __init__(self, model: nn.Module, configs: MethodConfig | Iterable[MethodConfig]) -> None:
@@ -56,6 +60,7 @@ class MethodStack:
             for method in reversed(attached):
                 method.detach()
             raise
+        self.share: float | None = None
         self._pulled = False
         self._batches: list[Batch | MixedBatch | Mixing] = []
         self.write()
@@ -403,7 +408,9 @@ class MethodStack:
         names = [*others, *(name for method in reversed(self.methods) for name in method.bake())]
         for method in sorted(self.methods, key=lambda method: method.renames):
             names = method.remove(names)
-        return list(dict.fromkeys(names))
+        names = list(dict.fromkeys(names))
+        self.share = share_of(self.model, names, sum(method.removed for method in self.methods))
+        return names
 
     def _refuse_sharded(self, what: str) -> None:
         if is_sharded(self.model):

@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_approx.methods.budget import cubic_ramp, threshold
 from hf_approx.methods.masks import SigmoidMask, in_fours
 from hf_approx.methods.presets import Settings
 from hf_approx.modules.sharded import piece, whole, write
+from hf_approx.targets import Target
 
 EASE = 0.25
 """Part of the soft phase in which scores that start equal come down to zero."""
@@ -57,12 +58,12 @@ def lower(
 
 
 @torch.no_grad()
-def lower_fours(layers: Sequence[nn.Module], masks: Sequence[SigmoidMask], fraction: float, level: float) -> float:
+def lower_fours(targets: Sequence[Target], masks: Sequence[SigmoidMask], fraction: float, level: float) -> float:
     """As `lower`, with half of every four inputs as the wanted share; pulls harder as the ramp rises."""
     force = 0.0
-    for layer, mask in zip(layers, masks, strict=True):
+    for target, mask in zip(targets, masks, strict=True):
         scores = whole(mask.scores.detach())
-        fours = in_fours(layer, scores)
+        fours = in_fours(target, scores)
         middle = fours.sort(dim=-1).values[..., 1:3].mean(-1, keepdim=True) - level
         force = float(torch.where(scores.isnan().any(), math.nan, middle.mean()))
         if math.isnan(force):
@@ -72,8 +73,8 @@ def lower_fours(layers: Sequence[nn.Module], masks: Sequence[SigmoidMask], fract
     return force
 
 
-def best_two(layer: nn.Module, scores: Tensor) -> Tensor:
+def best_two(target: Target, scores: Tensor) -> Tensor:
     """The mask of the best two of every four inputs."""
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    in_fours(layer, keep).scatter_(-1, in_fours(layer, scores).topk(2, dim=-1).indices, True)
+    in_fours(target, keep).scatter_(-1, in_fours(target, scores).topk(2, dim=-1).indices, True)
     return keep

@@ -96,7 +96,7 @@ class UniformQuantization(GridMethod):
         """The grid that fits the weight best."""
         config, weight = self._config, value_of(target)
         bits = torch.full([1] * weight.dim(), config.bits, dtype=torch.uint8, device=weight.device)
-        parts = parts_shape(target.module, weight.shape, config.scale_granularity, config.group_size)
+        parts = parts_shape(target, config.scale_granularity, config.group_size)
         if config.mode == "round":
             return LateGridWeight(bits, torch.ones(parts, device=weight.device), False, weight.dtype)
         return GridWeight(bits, fit_scale(weight, bits, parts), True, weight.dtype)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_approx.axes import feature_dim
 from hf_approx.modules.bank import Template
-from hf_approx.structures import feature_dim
 
 NAME = "input_quantizer"
 """The submodule of a layer that quantizes its input."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
+from hf_approx.axes import AXES, Axes, axes_of
 from hf_approx.modules.sharded import piece, whole
-from hf_approx.targets import LATENTS
+from hf_approx.targets import LATENTS, Target
 
 BANKS = "hf_approx_banks"
 
@@ -56,6 +57,11 @@ class TemplateBank(nn.ModuleList):
     def shape(self) -> tuple[int, ...]:
         """Shape of each template and of every weight mixed from them."""
         return tuple(self.weights[0].shape)
+
+    def lie_as(self, axes: Axes) -> None:
+        """Note which dimensions the layers have that are mixed from the templates."""
+        for template in self:
+            setattr(template, AXES, axes)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -120,16 +126,21 @@ class SharedLayers:
 
     Attributes:
         bank: The templates.
-        layers: Modules whose weight is mixed from them, by name, in the model's order.
+        targets: What is mixed from them, by key, in the model's order.
     """
 
     bank: TemplateBank
-    layers: dict[str, nn.Module] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """The modules that hold them."""
+        return {key: target.module for key, target in self.targets.items()}
 
     @property
     def coefficients(self) -> Tensor:
         """Of every layer: shape (layers, templates)."""
-        rows = [whole(coefficients_of(layer)) for layer in self.layers.values()]
+        rows = [whole(coefficients_of(t.module, t.parameter)) for t in self.targets.values()]
         return torch.stack([row.to(rows[0].device) for row in rows])
 
 
@@ -142,37 +153,59 @@ class Sharing(Protocol):
         ...
 
 
-def sharing_of(module: nn.Module) -> Sharing | None:
-    """How the module's weight is mixed, or None if it has its own."""
-    latent = (vars(module).get(LATENTS) or {}).get("weight")
+def sharing_of(module: nn.Module, parameter: str = "weight") -> Sharing | None:
+    """How a parameter of a module is mixed, or None if the module has it as its own."""
+    latent = (vars(module).get(LATENTS) or {}).get(parameter)
     if hasattr(latent, "bank"):
         return cast(Sharing, latent)
-    if not parametrize.is_parametrized(module, "weight"):
+    if not parametrize.is_parametrized(module, parameter):
         return None
-    first = cast(nn.ModuleDict, module.parametrizations)["weight"][0]  # type: ignore[index]
+    first = cast(nn.ModuleDict, module.parametrizations)[parameter][0]  # type: ignore[index]
     return first if isinstance(first, SharedWeight) else None
 
 
-def coefficients_of(module: nn.Module) -> nn.Parameter:
-    """The coefficients of a module that shares its weight, of shape (templates,)."""
-    latent = (vars(module).get(LATENTS) or {}).get("weight")
+def shared_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module that are mixed."""
+    names = [*(vars(module).get(LATENTS) or ())]
+    if parametrize.is_parametrized(module):
+        names += cast(nn.ModuleDict, module.parametrizations)
+    return [name for name in names if sharing_of(module, name) is not None]
+
+
+def coefficients_of(module: nn.Module, parameter: str = "weight") -> nn.Parameter:
+    """The coefficients of a parameter that is mixed, of shape (templates,)."""
+    latent = (vars(module).get(LATENTS) or {}).get(parameter)
     if hasattr(latent, "bank"):
         return cast(nn.Parameter, cast(Any, latent).weight)
-    return module.get_parameter("parametrizations.weight.original")
+    return module.get_parameter(f"parametrizations.{parameter}.original")
 
 
-def share(module: nn.Module, bank: TemplateBank, coefficients: Tensor, requires_grad: bool = True) -> None:
-    """Give up the module's weight, or its earlier coefficients, for a mix of the bank's templates."""
+def name_of_coefficients(target: Target) -> str:
+    """What a model whose weights are mixed in the forward pass calls the coefficients of one of them."""
+    return f"{target.path}.parametrizations.{target.parameter}.original".lstrip(".")
+
+
+def share(
+    module: nn.Module,
+    bank: TemplateBank,
+    coefficients: Tensor,
+    requires_grad: bool = True,
+    parameter: str = "weight",
+) -> None:
+    """Give up a module's parameter, or its earlier coefficients, for a mix of the bank's templates."""
     own = nn.Parameter(coefficients.clone(memory_format=torch.contiguous_format), requires_grad)
-    sharing = sharing_of(module)
+    bank.lie_as(axes_of(module, parameter, len(bank.shape)))
+    sharing = sharing_of(module, parameter)
     if isinstance(sharing, SharedWeight):
         sharing.use(bank)
-        module.get_submodule("parametrizations.weight").register_parameter("original", own)
+        module.get_submodule(f"parametrizations.{parameter}").register_parameter("original", own)
         return
-    module.register_parameter("weight", own)
+    first = not parametrize.is_parametrized(module)
+    module.register_parameter(parameter, own)
     # "unsafe" skips the test that coefficients and weight have one shape; nothing else.
-    parametrize.register_parametrization(module, "weight", SharedWeight(bank), unsafe=True)
-    _allow_copies(module)
+    parametrize.register_parametrization(module, parameter, SharedWeight(bank), unsafe=True)
+    if first:
+        _allow_copies(module)
 
 
 def _allow_copies(module: nn.Module) -> None:
@@ -181,10 +214,11 @@ def _allow_copies(module: nn.Module) -> None:
     copied = made.__deepcopy__
 
     def copy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-        sharing = sharing_of(self)
-        if not memo and sharing is not None:
-            # The layer alone is copied, as PEFT does: the copy mixes from the bank that the model has.
-            memo[id(sharing.bank)] = sharing.bank
+        alone = not memo
+        for sharing in (sharing_of(self, name) for name in shared_parameters(self)):
+            if alone and sharing is not None:
+                # The layer alone is copied, as PEFT does: the copy mixes from the bank that the model has.
+                memo[id(sharing.bank)] = sharing.bank
         return cast(nn.Module, copied(self, memo))
 
     made.__deepcopy__ = copy
@@ -207,16 +241,20 @@ def _parametrized(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return module
 
 
-def unshare(module: nn.Module, weight: Tensor | None = None) -> None:
-    """Give the module a plain weight of its own again: `weight`, by default what it mixes now."""
-    dense = cast(Tensor, module.weight).detach().clone() if weight is None else weight
-    if len(cast(nn.ModuleDict, module.parametrizations)) > 1:
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+def unshare(module: nn.Module, weight: Tensor | None = None, parameter: str = "weight") -> None:
+    """Give the module a plain parameter of its own again: `weight`, by default what it mixes now."""
+    dense = cast(Tensor, getattr(module, parameter)).detach().clone() if weight is None else weight
+    others = [name for name in shared_parameters(module) if name != parameter]
+    if len(cast(nn.ModuleDict, module.parametrizations)) > 1 + len(others):
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
     else:
+        kept = [(cast(Sharing, sharing_of(module, n)).bank, coefficients_of(module, n), n) for n in others]
         # A copy of the model has the same class, from which remove_parametrizations would take the weight.
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations
-    module.register_parameter("weight", nn.Parameter(dense))
+        for bank, coefficients, name in kept:
+            share(module, bank, coefficients.detach(), coefficients.requires_grad, name)
+    module.register_parameter(parameter, nn.Parameter(dense))
 
 
 def owner_of_banks(model: nn.Module) -> nn.Module:
@@ -262,15 +300,30 @@ def shared_layers(model: nn.Module) -> dict[str, SharedLayers]:
     found = {name: SharedLayers(bank) for name, bank in banks_of(model).items()}
     by_bank = {id(entry.bank): entry for entry in found.values()}
     for name, module in model.named_modules():
-        sharing = sharing_of(module)
-        if sharing is not None and id(sharing.bank) in by_bank:
-            by_bank[id(sharing.bank)].layers[name] = module
+        for parameter in shared_parameters(module):
+            target, sharing = Target(name, module, parameter), cast(Sharing, sharing_of(module, parameter))
+            if id(sharing.bank) in by_bank:
+                by_bank[id(sharing.bank)].targets[target.key] = target
     return found
 
 
 def saved_weights(model: nn.Module) -> int:
     """How many weights fewer the banks have than the layers that are mixed from them."""
     return sum(
-        (len(entry.layers) - len(entry.bank)) * entry.bank.weights[0].numel()
+        (len(entry.targets) - len(entry.bank)) * entry.bank.weights[0].numel()
         for entry in shared_layers(model).values()
     )
+
+
+def share_of(model: nn.Module, names: Iterable[str], removed: int = 0) -> float:
+    """Which share of the weights and biases that a model had was compressed.
+
+    Args:
+        model: What is left.
+        names: Parameters that were compressed; those that are mixed from templates now count as such.
+        removed: How many weights more are gone altogether, beside those that are mixed from templates.
+    """
+    gone = removed + saved_weights(model)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    compressed = {id(params[name]): params[name].numel() for name in names if name in params}
+    return (sum(compressed.values()) + gone) / max(sum(p.numel() for p in model.parameters()) + gone, 1)

@@ -23,7 +23,7 @@ from transformers import (
 from hf_approx import SharingConfig, SparsificationConfig, attach_packing
 from hf_approx.modules.activation import ActivationQuantizer, install
 from hf_approx.packing import Grid
-from hf_approx.targets import select_modules
+from hf_approx.targets import select_targets
 
 VOCAB = 32
 Files = dict[str, bytes]
@@ -65,7 +65,7 @@ def bert(layers: int = 1, heads: int = 2) -> PreTrainedModel:
 
 def zero(model: PreTrainedModel, sparsity: float) -> list[str]:
     """Zero random weights of the default targets; returns the names of all of these."""
-    names = [f"{name}.weight" for name in select_modules(model)]
+    names = [target.name for target in select_targets(model).values()]
     with torch.no_grad():
         for name in names:
             weight = model.get_parameter(name)
@@ -76,7 +76,7 @@ def zero(model: PreTrainedModel, sparsity: float) -> list[str]:
 def grids(model: PreTrainedModel, granularity: str) -> dict[str, Grid]:
     """A random grid of 1 to 5 bits for every default target."""
     found = {}
-    for name in (f"{name}.weight" for name in select_modules(model)):
+    for name in (target.name for target in select_targets(model).values()):
         weight = model.get_parameter(name).detach()
         rows, columns = weight.shape
         shape = {"tensor": (1, 1), "channel": (rows, 1), "group": (rows, columns // 8), "weight": (rows, columns)}
@@ -102,7 +102,7 @@ def _quantized(granularity: str, sparsity: float) -> PreTrainedModel:
 def _activations(channels: bool, signed: bool) -> PreTrainedModel:
     model = llama()
     made = grids(model, "channel")
-    for layer in select_modules(model).values():
+    for layer in (target.module for target in select_targets(model).values()):
         quantizer = ActivationQuantizer(layer.in_features if channels else 1, signed)
         quantizer.bits.copy_(torch.randint(2, 6, quantizer.bits.shape))
         quantizer.limit.copy_(0.5 + torch.rand(quantizer.limit.shape))
