@@ -171,7 +171,7 @@ def test_a_detector_whose_heads_are_tied_is_packed_without_them(tmp_path, caplog
 
 
 def test_layers_that_are_blocks_by_themselves_share_weights():
-    model = blocks(*(nn.Linear(4, 4) for _ in range(3)))
+    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
     _, method = stacked(model, SharingConfig(templates=2))
     assert list(method.banks) == ["layers"]
     assert [kind_of(name) for name in ("0.weight", "a.b.0.weight", "a.0.b.1.c.weight")] == ["0", "a.b", "c"]
