@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import models
 from helpers import assert_resumes_after_crash, assert_same_weights, weights
-from hf_approx import ApproxTrainerMixin, AvaGradConfig, SharingConfig, SmolConfig, SparsificationConfig
+from hf_approx import ApproxTrainerMixin, AvaGradConfig, SharingConfig, SmolConfig, SparsificationConfig, attach
 from language_modeling import byte_tokenizer
 
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -174,8 +174,7 @@ def test_a_reference_that_follows_the_model_is_refused_while_it_is_compressed(tm
 
 def test_a_reference_follows_a_compressed_model(tmp_path):
     shared = llama()
-    method = SharingConfig(templates=0.5).build()
-    method.attach(shared)
+    attach(shared, SharingConfig(templates=0.5)).bake()
     with pytest.raises(ValueError, match=r"pass ref_model=copy\.deepcopy\(model\)"):
         dpo(tmp_path, shared, llama(), sync_ref_model=True)
     before = weights(shared)
