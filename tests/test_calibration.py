@@ -177,11 +177,11 @@ def test_padded_labels_of_an_encoder_decoder_do_not_count():
 
 
 def test_models_of_numbers_and_of_several_labels():
-    regression, labels = build("bert"), build("bert")
+    numbers, regression, labels = (uneven().double() for _ in range(3))
     labels.config.problem_type = "multi_label_classification"
     regression.config.problem_type = "regression"
     kinds = {
-        "hidden states": (build("bert").bert, None),
+        "hidden states": (numbers.bert, None),
         "regression": (regression, None),
         "several labels": (labels, 1.0),
     }

@@ -250,7 +250,7 @@ def hostile_report(name, dataset, tag, method, kind, metric, note):
     }
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(texts, min_size=9, max_size=9))
 def test_values_cannot_add_markup_or_fields(folder, values):
     expected = render_card(with_report(folder, hostile_report(*["word"] * 7), ["one", "two"]))

@@ -23,7 +23,7 @@ def sparse_tensors(draw):
     return torch.where(kept, weight, torch.zeros(())).to(dtype)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(sparse_tensors())
 def test_round_trip_is_bit_exact_and_canonical(weight):
     packed, spec = pack(weight)
@@ -35,7 +35,7 @@ def test_round_trip_is_bit_exact_and_canonical(weight):
     assert respec == spec
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sets(st.integers(0, 3000), max_size=400), st.integers(0, 500))
 def test_any_set_of_positions_survives(positions, extra):
     ordered = np.array(sorted(positions), dtype=np.int64)
@@ -47,7 +47,7 @@ def test_any_set_of_positions_survives(positions, extra):
     assert np.array_equal(second, ordered[::2])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_no_flipped_or_lost_byte_goes_unnoticed(data):
     packed, spec = pack(data.draw(sparse_tensors()).half())
@@ -61,7 +61,7 @@ def test_no_flipped_or_lost_byte_goes_unnoticed(data):
             unpack(damaged, spec)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_hostile_entry_is_refused_or_harmless(data):
     """Whatever the numbers say, with a matching checksum: an error of ours or a tensor of the stated shape."""
@@ -121,7 +121,7 @@ def test_mask_is_within_three_percent_of_entropy(density):
     assert packed.numel() <= 1.02 * (spec.entropy_bits / 8 + spec.value_bytes)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
 def test_no_other_parameter_is_shorter(gaps):
     lengths = [len(gaps) * (k + 1) + sum(gap >> k for gap in gaps) for k in range(20)]

@@ -79,7 +79,7 @@ def test_every_width_and_granularity_round_trips(granularity, widths):
         assert set(np.flatnonzero(spec.weights[1:]) + 1) <= set(widths)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_anything_round_trips(data):
     shape = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4).filter(lambda s: math.prod(s) < 3000))
@@ -166,7 +166,7 @@ def test_a_strided_weight_is_packed_by_value():
     assert torch.equal(pack_quantized(weight.T, other)[0], pack_quantized(weight.T.contiguous(), straight)[0])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_flipped_or_lost_byte_goes_unnoticed(data):
     granularity = data.draw(st.sampled_from(["weight", "group", "channel", "tensor"]))
@@ -179,7 +179,7 @@ def test_no_flipped_or_lost_byte_goes_unnoticed(data):
             unpack_quantized(damaged, spec)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_with_a_matching_checksum_is_refused_or_harmless(data):
     """An error of ours or a weight of the stated shape and counts, whichever bytes and numbers are changed."""

@@ -54,7 +54,7 @@ def test_rounding_displaces_no_weight_by_more_than_its_noise_where_precisions_ro
         assert ((value - clipped).abs() <= most * sigma + 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 400),
     st.sampled_from([(1, 2, 3, 4, 5, 6, 7, 8), (2, 4, 8), (1, 8), (3,)]),
@@ -74,7 +74,7 @@ def test_equal_parts_meet_any_budget_to_within_one_step(count, allowed, fraction
     assert (level.diff() >= -2).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(150, 400),
     st.lists(st.integers(1000, 3000), max_size=5),

@@ -57,7 +57,7 @@ def config(tmp_path_factory):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_text_classification(config, tmp_path, processes):
-    result = launch(RECIPE, "--config", config, "--output_dir", tmp_path, processes=processes, launcher=processes > 1)
+    result = launch(RECIPE, "--config", config, "--output_dir", tmp_path, processes=processes)
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["dense"]["sparsity"] == 0
     assert rows["compressed"]["sparsity"] == pytest.approx(0.8, abs=1e-3)

@@ -12,12 +12,12 @@ from hf_approx import AvaGrad
 
 def build() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
 
 
 def train(model: nn.Module) -> None:
     optimizer = AvaGrad(model.parameters(), lr=0.05, eps=1e-3, weight_decay=0.01)
-    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for _ in range(6):
         optimizer.zero_grad()
         model(x).square().mean().backward()
