@@ -69,7 +69,7 @@ def zero(model: PreTrainedModel, sparsity: float) -> list[str]:
     with torch.no_grad():
         for name in names:
             weight = model.get_parameter(name)
-            weight.mul_(torch.rand_like(weight) >= sparsity)
+            weight.masked_fill_(torch.rand_like(weight) < sparsity, 0.0)
     return names
 
 
@@ -120,7 +120,7 @@ def _shared(sparsity: float) -> PreTrainedModel:
         with torch.no_grad():
             for name in names:
                 weight = model.get_parameter(name)
-                weight.mul_(torch.rand_like(weight) >= sparsity)
+                weight.masked_fill_(torch.rand_like(weight) < sparsity, 0.0)
     attach_packing(model, names if sparsity else [])
     return model
 
