@@ -244,7 +244,8 @@ def test_the_mask_follows_a_model_to_another_dtype(model):
     before = zeros(model)
     model.bfloat16()
     step(model, torch.optim.Muon(matrices(model.parameters()), lr=0.01))
-    assert all(torch.equal(now, before[name]) for name, now in zeros(model).items())
+    # In bfloat16 another weight may come to zero by itself.
+    assert all(bool(now[before[name]].all()) for name, now in zeros(model).items())
 
 
 def test_compiled_models_and_steps_keep_zeros(model):
