@@ -86,7 +86,7 @@ def test_removing_units_is_the_same_as_masking_them(name, kind):
     keep = {}
     for structure in structures:
         keep[structure.name] = torch.rand(structure.units, generator=generator) < 0.5
-        keep[structure.name][0] = True
+        keep[structure.name][0], keep[structure.name][-1] = True, False
         layer = model.get_submodule(structure.consumer.module)
         off = structure.consumer.kept(~keep[structure.name])
         with torch.no_grad():
