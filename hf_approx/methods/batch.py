@@ -14,6 +14,8 @@ from hf_approx.methods.latent import Latent, Partials, Stage, add_grad, forward,
 
 MOST = 1 << 26
 """Weights in a batch: what one holds for a moment beside the model is as large."""
+MOST_ON_CPU = 1 << 20
+"""The same where operations cost nothing to start, and what they make should stay near the cores."""
 
 
 class Batch:
@@ -58,9 +60,9 @@ class Batch:
         for param in effective:
             param.grad = None
         self._tell()
-        grad = torch.stack(cast(list[Tensor], grads))
+        grad = together(cast(list[Tensor], grads))
         del grads
-        value = torch.stack(list(effective)) if self.stages[-1].asks_value else grad
+        value = together(effective) if self.stages[-1].asks_value else grad
         self.weight.requires_grad_(self.latents[0].weight.requires_grad)
         add_grad(self.weight, pull(grad, self.weight, value, self.stages))
         self.hand_out()
@@ -91,6 +93,11 @@ class Batch:
         """Bring what is no tensor up to date: where a stage is in training."""
         for stage, first in zip(self.stages, self.latents[0].stages, strict=True):
             vars(stage).update({name: value for name, value in vars(first).items() if isinstance(value, (bool, int))})
+
+
+def together(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors in a dimension of their own; a single one is not copied."""
+    return tensors[0].detach()[None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def stacked(tensors: Sequence[Tensor], dims: int = 0) -> Tensor:
@@ -162,7 +169,8 @@ def batches_of(latents: Sequence[Latent], groups: Sequence[Hashable]) -> list[Ba
         found.setdefault((key, stages), []).append(latent)
     batches = []
     for same in found.values():
-        most = max(MOST // max(same[0].weight.numel(), 1), 1)
+        limit = MOST_ON_CPU if same[0].weight.device.type == "cpu" else MOST
+        most = max(limit // max(same[0].weight.numel(), 1), 1)
         batches += [Batch(same[i : i + most]) for i in range(0, len(same), most)]
     return batches
 
