@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ BEFORE = json.loads((Path(__file__).parent / "data" / "trajectories.json").read_
 EXACT = 1e-6
 """Losses of language models are float32; so are sums about scales and limits, which are taken in another order."""
 ROUNDED = 1e-4
-"""Such a sum may move a precision or a rounded weight by one; so may the last bits of the first weights, which not every
-processor draws alike."""
+"""Such a sum may move a precision or a rounded weight by one; so may the last bits of the first weights, which are drawn
+in another way where there are no wide registers."""
 
 
 @pytest.mark.parametrize(("name", "run"), NAMES)
@@ -35,7 +34,7 @@ def test_losses_are_those_of_the_earlier_code(name, run):
     losses.append(after(model, batches[0]))
     expected = BEFORE[f"{name}: {run}"]
     noisy = STEPS // 2 if "smol" in run and run != "smol, rounded" else len(losses)
-    alike = math.isclose(losses[0], expected[0], rel_tol=1e-12)
+    alike = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     assert losses[:noisy] == pytest.approx(expected[:noisy], rel=EXACT if alike else ROUNDED)
     assert losses[noisy:] == pytest.approx(expected[noisy:], rel=ROUNDED)
 
