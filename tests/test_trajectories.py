@@ -14,8 +14,8 @@ BEFORE = json.loads((Path(__file__).parent / "data" / "trajectories.json").read_
 EXACT = 1e-6
 """Losses of language models are float32; so are sums about scales and limits, which are taken in another order."""
 ROUNDED = 1e-4
-"""Such a sum may move a precision or a rounded weight by one; so may the last bits of the first weights, which are drawn
-in another way where there are no wide registers."""
+"""Such a sum may move a precision or a rounded weight by one. So may the last bits of the first weights, which are
+drawn in another way where there are no wide registers."""
 
 
 @pytest.mark.parametrize(("name", "run"), NAMES)
