@@ -72,7 +72,7 @@ class ShardedMixin:
         accelerate shards both together: it looks every parameter of the optimizer up in the model and exchanges it.
         """
         if self._twin is not None and not self._finalized and self._lent is None:
-            latents = {id(latent.shown): latent for latent in self.stack.latents if not latent.mixes}
+            latents = {id(latent.weight): latent for latent in self.stack.latents if not latent.mixes}
             in_model = {id(param) for param in self.stack.model.parameters()}
             self._lent = []
             for group in optimizer.param_groups:

@@ -32,11 +32,6 @@ class Batch:
             batched(cast(Sequence[Stage], each)) for each in zip(*(latent.stages for latent in latents), strict=True)
         ]
 
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
-        return self.weight.device
-
     @torch.no_grad()
     def write(self, bare: bool = False, confine: bool = False) -> None:
         """As of `Latent`."""

@@ -34,7 +34,6 @@ class Stage(nn.Module):
 
     Attributes:
         method: Name of the method.
-        noisy: Whether it may draw noise.
         keeps: Whether `forward` keeps what `pull`, which comes after it, can use.
         asks_value: Whether `pull` looks at what `forward` returned.
         may_be_infinite: Names of those of its tensors that may be, such as scores of masks that are fixed.
@@ -42,7 +41,6 @@ class Stage(nn.Module):
     """
 
     method = ""
-    noisy = False
     keeps = False
     asks_value = False
     may_be_infinite: tuple[str, ...] = ()
@@ -189,11 +187,6 @@ class Latent:
                 break
             value = (on_rows(each, effective) if isinstance(effective, DTensor) else each)(value)
         return value
-
-    @property
-    def shown(self) -> nn.Parameter | None:
-        """What an optimizer finds under the parameter's name."""
-        return self.weight
 
     @torch.no_grad()
     def write(self, bare: bool = False, confine: bool = False) -> None:

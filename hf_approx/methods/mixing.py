@@ -30,6 +30,13 @@ class Mixing(Latent):
 
     mixes = True
 
+    def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
+        self.bank, self._own = bank, coefficients
+        super().__init__(target)
+        stage = Stage()
+        stage.method = "sharing"
+        self.add(stage)
+
     @property
     def latents(self) -> list["Mixing"]:
         """Itself, as a batch of one."""
@@ -37,13 +44,6 @@ class Mixing(Latent):
 
     def hand_out(self) -> None:
         """It has its gradient."""
-
-    def __init__(self, target: Target, bank: TemplateBank, coefficients: nn.Parameter) -> None:
-        self.bank, self._own = bank, coefficients
-        super().__init__(target)
-        stage = Stage()
-        stage.method = "sharing"
-        self.add(stage)
 
     def start(self) -> nn.Parameter:
         """The coefficients."""
@@ -101,7 +101,7 @@ class Mixing(Latent):
         row = torch.stack(own)
         if isinstance(effective, DTensor):
             return [(self.weight, row, effective)]
-        self.weight.grad = row if self.weight.grad is None else self.weight.grad + row
+        add_grad(self.weight, row)
         return []
 
 
@@ -114,14 +114,13 @@ class MixedBatch:
 
     def __init__(self, latents: Sequence[Mixing]) -> None:
         self.latents = list(latents)
-        self.coefficients = nn.Parameter(stacked([latent.weight for latent in latents]))
+        self.coefficients = stacked([latent.weight for latent in latents])
 
     def hand_out(self) -> None:
         """Every layer has its gradient."""
 
     def zero_grad(self) -> None:
-        """Forget all gradients of what is stacked."""
-        self.coefficients.grad = None
+        """Every layer forgets its own."""
 
     def _pieces(self, tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
         """The tensors in runs of rows of which all layers together have no more than `MOST` entries."""

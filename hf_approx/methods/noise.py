@@ -89,7 +89,6 @@ class NoisyWeight(GridWeight):
     """
 
     curvature: Tensor
-    noisy = True
 
     def __init__(
         self,

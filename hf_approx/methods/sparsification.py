@@ -210,12 +210,13 @@ class ContinuousSparsification(Method):
         if self._config.granularity == "2:4":
             self._force = lower_fours(list(self.targets.values()), self.masks, fraction, level)
         else:
-            members: list[list[Tensor]] = [[] for _ in self._groups()]
+            groups = self._groups()
+            members: list[list[Tensor]] = [[] for _ in groups]
             for part in self.parts:
                 members[cast(int, part.group)].append(cast(SigmoidMask, part.stage).scores)
             for i, mask in enumerate(self.block_masks.values()):
-                members[next(g for g, group in enumerate(self._groups()) if i in group.members)].append(mask.scores)
-            targets = [group.target for group in self._groups()]
+                members[next(g for g, group in enumerate(groups) if i in group.members)].append(mask.scores)
+            targets = [group.target for group in groups]
             self._force = lower(members, targets, fraction, level, stacked=self.stacked is not None)
 
     def group(self, name: str) -> int | None:

@@ -118,7 +118,7 @@ class MethodStack:
                 if param is not None and id(param) in latents:
                     swapped.append((module, name, param))
         for module, name, param in swapped:
-            module._parameters[name] = latents[id(param)].shown
+            module._parameters[name] = latents[id(param)].weight
         try:
             yield
         finally:
